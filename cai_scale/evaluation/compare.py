@@ -1,0 +1,122 @@
+"""Compare answers before and after, prompt by prompt. No torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cai_scale.constitution import Constitution
+from cai_scale.evaluation.protocol import RESAMPLES, TIE
+from cai_scale.records import Prompt, Response, Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A held-out prompt with its answer before and after, at the same seed, and their scores."""
+
+    prompt: Prompt
+    before: Response
+    after: Response
+    before_score: Score | None
+    after_score: Score | None
+
+    @property
+    def verdict(self) -> str:
+        """ "win", "loss" or "tie" of the answer after; an empty answer loses."""
+        if self.before_score is None or self.after_score is None:
+            if self.before_score is self.after_score:
+                return "tie"
+            return "win" if self.before_score is None else "loss"
+        delta = self.after_score.overall - self.before_score.overall
+        # Scores are rounded decimals: a difference of exactly 0.01 is no tie.
+        if abs(delta) < TIE - 1e-9:
+            return "tie"
+        return "win" if delta > 0 else "loss"
+
+
+def compare(answered: Sequence[Answered], constitution: Constitution) -> dict[str, Any]:
+    """Before, after, Δ with its interval, and wins; `n` counts prompts.
+
+    Means and Δ are over the prompts whose answers both have a score; `scored` counts them.
+    """
+    scored = [a for a in answered if a.before_score is not None and a.after_score is not None]
+    measures: dict[str, Callable[[Any], float]] = {"overall": lambda score: score.overall}
+    for principle in constitution.principles:
+        measures[principle.id] = lambda score, key=principle.id: score.principles[key]
+    before = {k: np.array([f(a.before_score) for a in scored]) for k, f in measures.items()}
+    after = {k: np.array([f(a.after_score) for a in scored]) for k, f in measures.items()}
+    delta = {k: after[k] - before[k] for k in measures}
+    verdicts = [a.verdict for a in answered]
+    return {
+        "n": len(answered),
+        "scored": len(scored),
+        "before": _table({k: _mean(v) for k, v in before.items()}),
+        "after": _table({k: _mean(v) for k, v in after.items()}),
+        "delta": {
+            **_table({k: _mean(v) for k, v in delta.items()}),
+            "ci95": interval(delta["overall"]),
+            "principles_ci95": {k: interval(v) for k, v in delta.items() if k != "overall"},
+        },
+        **{name: verdicts.count(name) for name in ("win", "loss", "tie")},
+    }
+
+
+def slices(answered: Sequence[Answered], constitution: Constitution) -> dict[str, Any]:
+    """The same comparison for each language."""
+    languages = sorted({a.prompt.language for a in answered})
+    return {
+        language: compare([a for a in answered if a.prompt.language == language], constitution)
+        for language in languages
+    }
+
+
+def drift(answered: Sequence[Answered]) -> dict[str, Any]:
+    """What no critic sees: words, distinct words ÷ words, answers cut off, empty answers."""
+    return {
+        "before": _form([a.before for a in answered]),
+        "after": _form([a.after for a in answered]),
+    }
+
+
+def interval(deltas: NDArray[np.float64]) -> list[float] | None:
+    """A 95 % interval for the mean by bootstrap over prompts: percentiles 2.5 and 97.5.
+
+    Args:
+        deltas: [prompts], each prompt's difference, so that the resampling is paired.
+
+    Returns:
+        Lower and upper end; None for fewer than two prompts.
+    """
+    if len(deltas) < 2:
+        return None
+    generator = np.random.default_rng(0)
+    means = np.empty(RESAMPLES)
+    for start in range(0, RESAMPLES, 1000):
+        rows = generator.integers(0, len(deltas), size=(1000, len(deltas)))
+        means[start : start + 1000] = deltas[rows].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [round(float(low), 6), round(float(high), 6)]
+
+
+def _form(responses: Sequence[Response]) -> dict[str, float | int | None]:
+    words = [response.text.casefold().split() for response in responses]
+    full = [w for w in words if w]
+    return {
+        "words": _mean(np.array([len(w) for w in words])),
+        "distinct": _mean(np.array([len(set(w)) / len(w) for w in full])),
+        "unfinished": sum(not response.finished for response in responses),
+        "empty": len(words) - len(full),
+    }
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    return round(float(values.mean()), 6) if len(values) else None
+
+
+def _table(values: dict[str, float | None]) -> dict[str, Any]:
+    return {
+        "overall": values["overall"],
+        "principles": {k: v for k, v in values.items() if k != "overall"},
+    }

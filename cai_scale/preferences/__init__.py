@@ -1,0 +1,1 @@
+"""Scored responses become pairs, and the pairs are audited."""

@@ -1,0 +1,138 @@
+"""The records that stages exchange, and JSON Lines files that are whole or absent. No torch."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from cai_scale.errors import ConfigError, DataError
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A critic's verdict: a score per principle and the weighted mean, each in [0, 1]."""
+
+    principles: Mapping[str, float]
+    overall: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A conversation that waits for an answer; the last message is the user's."""
+
+    id: str
+    messages: tuple[Message, ...]
+    language: str = "en"
+    category: str = ""
+
+    @property
+    def text(self) -> str:
+        """The user's last message."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One sampled answer, with all that its randomness depended on.
+
+    `tokens` counts generated tokens; `finished` says whether the model ended the answer itself.
+    """
+
+    prompt_id: str
+    sample: int
+    round: int
+    temperature: float
+    text: str
+    tokens: int
+    finished: bool
+    revised: bool = False
+
+
+def canonical(record: object) -> str:
+    """One line of JSON: readable Unicode, no NaN."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+
+def read_jsonl(path: Path, *, torn_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, object) for every line that is not blank.
+
+    With `torn_tail`, a last line without its newline is what a killed writer left, and ends
+    the file quietly.
+
+    Raises:
+        DataError: a line is not UTF-8 or not a JSON object; the row is named.
+    """
+    with path.open("rb") as lines:
+        for row, raw in enumerate(lines, 1):
+            if torn_tail and not raw.endswith(b"\n"):
+                return
+            if not raw.strip():
+                continue
+            try:
+                value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}: row {row}: not UTF-8 at byte {error.start}; save the file as UTF-8"
+                ) from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}: row {row}: not JSON ({error}); mend that row") from None
+            if not isinstance(value, dict):
+                raise DataError(f"{path}: row {row}: {type(value).__name__}, expected an object")
+            yield row, value
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> None:
+    """Write dataclasses or dicts, one a line; the file appears whole or not at all."""
+    with replacing(path) as file:
+        for record in records:
+            file.write(canonical(record if isinstance(record, dict) else asdict(record)) + "\n")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write indented JSON; the file appears whole or not at all."""
+    with replacing(path) as file:
+        json.dump(value, file, ensure_ascii=False, allow_nan=False, indent=2)
+        file.write("\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object from a file that this project wrote.
+
+    Raises:
+        DataError: the file is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}); restore the file") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """A text file written aside, synced, and renamed to `path` when the block succeeds."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); choose another output folder"
+        ) from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")

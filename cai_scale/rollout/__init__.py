@@ -1,0 +1,1 @@
+"""Prompts become responses: sampling, revision, collection over ranks."""

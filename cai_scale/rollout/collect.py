@@ -1,0 +1,151 @@
+"""Collect answers over all ranks into one file, continuing where an earlier start stopped."""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from cai_scale.records import Prompt, Response, canonical, read_jsonl, write_jsonl
+from cai_scale.rollout.sampler import Request, Sampler, batches_of, cut
+from cai_scale.training.ranks import Ranks, main_makes
+
+Key = tuple[str, int]
+
+
+def requests_for(
+    prompts: Iterable[Prompt],
+    temperatures: Sequence[float],
+    *,
+    samples: int,
+    seed: int,
+    round: int,
+) -> list[Request]:
+    """`samples` requests per prompt; the temperatures take turns over the samples."""
+    return [
+        Request(
+            messages=prompt.messages,
+            prompt_id=prompt.id,
+            sample=sample,
+            round=round,
+            seed=seed,
+            temperature=temperatures[sample % len(temperatures)],
+        )
+        for prompt in prompts
+        for sample in range(samples)
+    ]
+
+
+def collect(
+    sampler: Sampler,
+    requests: Sequence[Request],
+    product: Path,
+    *,
+    batch_size: int,
+    ranks: Ranks,
+    title: str,
+) -> list[Response]:
+    """Answer all requests and return the responses in the order of the requests.
+
+    Every rank appends its share, batch by batch, to a file of its own beside `product`; rank 0
+    joins them when all are there. A second start skips the batches that are complete.
+    """
+    if not product.exists():
+        parts = product.with_suffix(".parts")
+        parts.mkdir(parents=True, exist_ok=True)
+        batches = cut(sampler, requests, batch_size)
+        _work(sampler, batches, product, parts, ranks, title)
+        wanted = [(r.prompt_id, r.sample) for r in requests]
+        main_makes(ranks, product, lambda: _join(parts, wanted, product))
+    else:
+        main_makes(ranks, product, lambda: None)
+    return [Response(**record) for _, record in read_jsonl(product)]
+
+
+def _work(
+    sampler: Sampler,
+    batches: list[list[Request]],
+    product: Path,
+    parts: Path,
+    ranks: Ranks,
+    title: str,
+) -> None:
+    done = _read_parts(parts)
+    mine = [
+        batch
+        for batch in batches_of(batches, ranks.rank, ranks.world)
+        if not all((r.prompt_id, r.sample) in done for r in batch)
+    ]
+    # Where an earlier start left nothing to do, rank 0 may have joined and removed the parts.
+    if not mine or product.exists():
+        return
+    share = f" (rank 0 of {ranks.world})" if ranks.world > 1 else ""
+    own = parts / f"rank-{ranks.rank}.jsonl"
+    _mend_tail(own)
+    with own.open("a", encoding="utf-8") as file, _progress(ranks) as progress:
+        task = progress.add_task(f"{title}{share}", total=sum(map(len, mine)), rate="")
+        tokens = 0
+        for batch in mine:
+            for request, completion in zip(batch, sampler.sample(batch), strict=True):
+                response = Response(
+                    prompt_id=request.prompt_id,
+                    sample=request.sample,
+                    round=request.round,
+                    temperature=request.temperature,
+                    **asdict(completion),
+                )
+                file.write(canonical(asdict(response)) + "\n")
+                tokens += completion.tokens
+            file.flush()
+            elapsed = progress.tasks[0].elapsed or 1e-9
+            progress.update(task, advance=len(batch), rate=f"{tokens / elapsed:.0f} tokens/s")
+
+
+def _progress(ranks: Ranks) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        disable=not ranks.main,
+    )
+
+
+def _join(parts: Path, wanted: Sequence[Key], product: Path) -> None:
+    """Wait until every wanted answer is there, then write them in one file, in order."""
+    while not all(key in (answers := _read_parts(parts)) for key in wanted):
+        time.sleep(1.0)
+    write_jsonl(product, (answers[key] for key in wanted))
+    shutil.rmtree(parts)
+
+
+def _read_parts(parts: Path) -> dict[Key, dict[str, object]]:
+    answers: dict[Key, dict[str, object]] = {}
+    for part in sorted(parts.glob("rank-*.jsonl")):
+        with contextlib.suppress(FileNotFoundError):  # joined and removed meanwhile
+            for _, record in read_jsonl(part, torn_tail=True):
+                answers[record["prompt_id"], record["sample"]] = record
+    return answers
+
+
+def _mend_tail(path: Path) -> None:
+    """Cut off the half line that a killed writer left."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            path.write_bytes(whole)

@@ -1,0 +1,116 @@
+"""Revision: ask again where an answer is short, repetitive, or under a principle's floor."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cai_scale.constitution import Constitution
+from cai_scale.critics import Critic
+from cai_scale.records import Prompt, Response, Score
+from cai_scale.rollout.collect import collect
+from cai_scale.rollout.sampler import Request, Sampler
+from cai_scale.training.ranks import Ranks
+
+_WORD = re.compile(r"\w+")
+# The random numbers of a revision are those of a sample that no rollout asks for.
+_FIRST_SAMPLE = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevisionRules:
+    """When to ask again (the source's rules), and how often at most."""
+
+    min_words: int = 10
+    min_distinct: float = 0.5
+    floor: float = 0.5
+    tries: int = 1
+
+
+def complaint(
+    response: str, score: Score | None, constitution: Constitution, rules: RevisionRules, lang: str
+) -> str | None:
+    """What to ask for in place of `response`, or None where it may stay.
+
+    In this order: fewer than `min_words` words; distinct words ÷ words under `min_distinct`;
+    the first principle whose score is under `floor`.
+    """
+    words = [word.casefold() for word in _WORD.findall(response)]
+    if len(words) < rules.min_words:
+        return constitution.request("too_short", lang)
+    if len(set(words)) / len(words) < rules.min_distinct:
+        return constitution.request("repetitive", lang)
+    for principle in constitution.principles:
+        if score is not None and score.principles[principle.id] < rules.floor:
+            return constitution.request("below_floor", lang, principle)
+    return None
+
+
+def revise(
+    sampler: Sampler,
+    critic: Critic,
+    constitution: Constitution,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Response],
+    product: Callable[[int], Path],
+    *,
+    rules: RevisionRules,
+    seed: int,
+    batch_size: int,
+    ranks: Ranks,
+) -> list[Response]:
+    """Each response, or the best of its revisions where the critic scores one higher.
+
+    Args:
+        product: the file that keeps all revisions of the Nth try, N from 1, the worse ones too.
+    """
+    prompt_of = {prompt.id: prompt for prompt in prompts}
+    best = list(responses)
+    scores = critic.score([prompt_of[r.prompt_id].text for r in best], [r.text for r in best])
+    for attempt in range(1, rules.tries + 1):
+        requests: list[Request] = []
+        where: dict[tuple[str, int], int] = {}
+        for index, (response, score) in enumerate(zip(best, scores, strict=True)):
+            prompt = prompt_of[response.prompt_id]
+            ask = complaint(response.text, score, constitution, rules, prompt.language)
+            if ask is not None:
+                request = _request(prompt, response, ask, seed, attempt)
+                where[request.prompt_id, request.sample] = index
+                requests.append(request)
+        revisions = collect(
+            sampler,
+            requests,
+            product(attempt),
+            batch_size=batch_size,
+            ranks=ranks,
+            title="revising",
+        )
+        for revision in revisions:
+            index = where[revision.prompt_id, revision.sample]
+            prompt = prompt_of[revision.prompt_id]
+            score = critic.score([prompt.text], [revision.text])[0]
+            if score is not None and _better(score, scores[index]):
+                best[index] = replace(revision, sample=best[index].sample, revised=True)
+                scores[index] = score
+    return best
+
+
+def _better(new: Score, old: Score | None) -> bool:
+    return old is None or new.overall > old.overall
+
+
+def _request(prompt: Prompt, response: Response, ask: str, seed: int, attempt: int) -> Request:
+    if response.text:
+        answer = {"role": "assistant", "content": response.text}
+        messages = (*prompt.messages, answer, {"role": "user", "content": ask})
+    else:  # chat templates differ in what they make of an empty answer: ask in one message
+        asked = {"role": "user", "content": f"{prompt.text}\n\n{ask}"}
+        messages = (*prompt.messages[:-1], asked)
+    return Request(
+        messages=messages,
+        prompt_id=prompt.id,
+        sample=response.sample + attempt * _FIRST_SAMPLE,
+        round=response.round,
+        seed=seed,
+        temperature=response.temperature,
+    )

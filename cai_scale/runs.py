@@ -1,0 +1,180 @@
+"""The folder of a run: the one owner of its file names. Stages read and write through it."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cai_scale.errors import ConfigError, MissingError
+from cai_scale.records import read_json, write_json
+
+SCHEMA = 1
+ROOT = Path("runs")
+
+
+@dataclass(frozen=True)
+class Round:
+    """The files of one on-policy round; rounds count from 1."""
+
+    path: Path
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts.jsonl"
+
+    def revisions(self, attempt: int = 1) -> Path:
+        """The revisions of the Nth try, N from 1."""
+        return self.path / ("revisions.jsonl" if attempt == 1 else f"revisions-{attempt}.jsonl")
+
+    @property
+    def pairs(self) -> Path:
+        return self.path / "pairs.jsonl"
+
+    @property
+    def audit(self) -> Path:
+        return self.path / "audit.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. It is finished when `summary.json` exists, which is written last."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def constitution(self) -> Path:
+        return self.path / "constitution.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def times(self) -> Path:
+        return self.path / "times.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def bundle(self) -> Path:
+        return self.path / "bundle"
+
+    @property
+    def finished(self) -> bool:
+        return self.summary.is_file()
+
+    def round(self, number: int) -> Round:
+        return Round(self.path / "rounds" / str(number))
+
+    def evaluation(self, when: str) -> Path:
+        """The answers of an evaluation; `when` is "before" or "after"."""
+        return self.path / "evaluation" / f"{when}.jsonl"
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that the run was started with."""
+        return dict(read_json(self.config)["settings"])
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add to the time that a stage has taken, over all starts of the run."""
+        times = read_json(self.times) if self.times.is_file() else {}
+        times[stage] = round(times.get(stage, 0.0) + seconds, 3)
+        write_json(self.times, times)
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that holds something else or a finished run.
+
+    Raises:
+        ConfigError: the folder is a file, is not a run, or holds a finished one.
+    """
+    run = Run(path)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output {path} is a file; choose a folder")
+    if run.finished and not overwrite:
+        raise ConfigError(
+            f"output {path} already holds a finished run; choose another or add --overwrite"
+        )
+    if path.is_dir() and any(path.iterdir()) and not run.config.is_file():
+        raise ConfigError(f"output {path} holds files that are not a run's; choose another folder")
+
+
+def open_run(path: Path, record: Mapping[str, Any], *, overwrite: bool) -> tuple[Run, bool]:
+    """Start a run, or continue one that was started with the same record.
+
+    Args:
+        record: what identifies the run; written to `config.json` at the first start.
+
+    Returns:
+        The run, and whether it continues an earlier start.
+
+    Raises:
+        ConfigError: the folder cannot be used, or holds a run of other settings.
+    """
+    check_output(path, overwrite=overwrite)
+    run = Run(path)
+    if overwrite and path.is_dir():
+        shutil.rmtree(path)
+    if run.config.is_file():
+        _same(run, record)
+        return run, True
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output {path} cannot be created ({error.strerror}); choose another folder"
+        ) from None
+    write_json(run.config, {"schema": SCHEMA, **record})
+    return run, False
+
+
+def _same(run: Run, record: Mapping[str, Any]) -> None:
+    """A run continues only with what it was started with; where it ran may differ."""
+    before = read_json(run.config)
+    now = json.loads(json.dumps(record))
+    for part in ("settings", "constitution", "weights", "prompts"):
+        if before.get(part) != now[part]:
+            old, new = before.get(part), now[part]
+            changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+            key = changed[0]
+            raise ConfigError(
+                f"output {run.path} holds an unfinished run with another {part}.{key}: "
+                f"{old.get(key)!r} there, {new.get(key)!r} here; set it back, choose another "
+                f"--output, or add --overwrite"
+            )
+
+
+def newest(root: Path, *, finished: bool) -> Run:
+    """The run under `root` that was started last and is, or is not, finished.
+
+    Raises:
+        MissingError: there is none.
+    """
+    runs = [Run(config.parent) for config in root.glob("*/config.json")]
+    runs = [run for run in runs if run.finished == finished]
+    if not runs:
+        kind = "finished" if finished else "unfinished"
+        raise MissingError(
+            f"no {kind} run under {root}/; start one with "
+            f"'deepspeed launch/train.py --ds_config zero2.json', or name one"
+        )
+    return max(runs, key=lambda run: run.config.stat().st_mtime_ns)

