@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,8 +70,7 @@ def _run(parser: Parser, arguments: Sequence[str] | None, until: str) -> int:
         values, source = values | settings.read_recipe(recipe), f"recipe {recipe}"
     config = settings.from_dict(values | flags, source)
 
-    _train_extra()
-    _quiet()
+    require("training", "train", "torch", "transformers", "trl", "peft", "datasets", "rich")
     from cai_scale import pipeline
     from cai_scale.training import ranks
 
@@ -81,32 +81,18 @@ def _run(parser: Parser, arguments: Sequence[str] | None, until: str) -> int:
     return 0
 
 
-def _train_extra() -> None:
-    try:
-        import peft  # noqa: F401
-        import torch  # noqa: F401
-        import trl  # noqa: F401
-    except ImportError as error:
-        raise MissingError(
-            f"training needs {error.name}, which is not installed; pip install 'cai-scale[train]'"
-        ) from None
+def require(command: str, extra: str, *libraries: str) -> None:
+    """Complain about a library that a command needs, without importing it.
 
-
-def _quiet() -> None:
-    """Libraries report what matters as errors; their notes would drown our lines."""
-    import logging
-    import warnings
-
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name in ("deepspeed", "DeepSpeed", "trl", "accelerate", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    Raises:
+        MissingError: it is not installed; the message names the extra that brings it.
+    """
+    for library in libraries:
+        if find_spec(library) is None:
+            raise MissingError(
+                f"{command} needs {library}, which is not installed; "
+                f"pip install 'cai-scale[{extra}]'"
+            )
 
 
 def _collect(arguments: Sequence[str]) -> int:

@@ -38,6 +38,7 @@ from cai_scale.rollout.revise import RevisionRules, revise
 from cai_scale.runs import ROOT, Run, check_output, open_run
 from cai_scale.training import models, precision, ranks
 from cai_scale.training.batches import plan_batch
+from cai_scale.training.logs import quiet
 
 LIBRARIES = (
     "cai-scale torch transformers trl peft accelerate deepspeed datasets tokenizers numpy"
@@ -92,6 +93,7 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
         check_output(output, overwrite=overwrite)
     chosen = precision.choose(config.precision)
 
+    quiet()
     ranks.join(peers)
     if peers.main:
         default = ROOT / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}"

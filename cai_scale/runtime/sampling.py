@@ -65,7 +65,7 @@ def choose(
 def top(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """[rows, k], the columns of the k largest logits of [rows, vocabulary], descending.
 
-    Equal logits keep the order of the vocabulary, so that the choice is the same everywhere.
+    Equal logits, among those kept, stand in the order of the vocabulary.
     """
     k = min(k, logits.shape[1])
     if k == 1:

@@ -1,0 +1,116 @@
+"""The bundle folder: its file names, and the check that it is the one that was exported."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cai_scale.constitution import Constitution
+from cai_scale.constitution import from_dict as constitution_from_dict
+from cai_scale.errors import ConfigError, DataError, IntegrityError, MissingError
+from cai_scale.records import read_json
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+README = "README.md"
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+CONSTITUTION = "constitution.json"
+PARITY = "parity.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+# Variants by the names that readers of ONNX models use; a graph's weights lie beside it.
+GRAPHS = {"fp32": "onnx/model.onnx", "q8": "onnx/model_quantized.onnx"}
+WEIGHTS_SUFFIX = "_data"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose every listed file has been checked against the manifest."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def constitution(self) -> Constitution:
+        return constitution_from_dict(read_json(self.path / CONSTITUTION), CONSTITUTION)
+
+    def json(self, name: str) -> dict[str, Any]:
+        return read_json(self.path / name)
+
+    def graph(self, variant: str | None = None) -> Path:
+        """The graph of a variant; of the bundle's default one where none is named.
+
+        Raises:
+            ConfigError: the bundle has no such variant; those that it has are listed.
+        """
+        variants = self.manifest["variants"]
+        name = variant or self.manifest["default"]
+        if name not in variants:
+            raise ConfigError(
+                f"bundle {self.path} has no variant {name!r}; choose one of: {', '.join(variants)}"
+            )
+        return self.path / variants[name]
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Check every file of a bundle before any of them is used.
+
+    Raises:
+        MissingError: the folder is no bundle.
+        IntegrityError: a file is missing, is a link, lies outside the folder, or differs from
+            what was exported.
+    """
+    if not (path / MANIFEST).is_file():
+        raise MissingError(
+            f"{path} is no bundle: it has no {MANIFEST}; make one with 'cai-export --merge-lora'"
+        )
+    manifest = _read_manifest(path)
+    for name, digest in manifest["files"].items():
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+            raise _refused(path, f"{name!r} points outside the folder")
+        file = path / name
+        if any(p.is_symlink() for p in (file, *file.parents) if p.is_relative_to(path)):
+            raise _refused(path, f"{name} is a link")
+        if not file.is_file():
+            raise _refused(path, f"{name} is missing")
+        if sha256(file) != digest:
+            raise _refused(path, f"{name} differs from what was exported")
+    bundle = Bundle(path, manifest)
+    if bundle.constitution.sha256 != manifest["constitution"]:
+        raise _refused(path, f"{CONSTITUTION} is not the constitution that the manifest names")
+    return bundle
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = read_json(path / MANIFEST)
+    except DataError as error:
+        raise _refused(path, f"{MANIFEST} cannot be read ({error})") from None
+    if manifest.get("schema") != SCHEMA:
+        raise _refused(path, f"{MANIFEST} has schema {manifest.get('schema')!r}, expected {SCHEMA}")
+    kinds = {"files": dict, "variants": dict, "default": str, "constitution": str}
+    for key, kind in kinds.items():
+        if not isinstance(manifest.get(key), kind):
+            raise _refused(path, f"{MANIFEST} has no proper {key!r}")
+    for name in (CONFIG, GENERATION, CONSTITUTION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE):
+        if name not in manifest["files"]:
+            raise _refused(path, f"{MANIFEST} does not list {name}")
+    for graph in manifest["variants"].values():
+        if graph not in manifest["files"]:
+            raise _refused(path, f"{MANIFEST} does not list {json.dumps(graph)}")
+    return manifest
+
+
+def _refused(path: Path, why: str) -> IntegrityError:
+    return IntegrityError(f"bundle {path} refused: {why}; export it again")

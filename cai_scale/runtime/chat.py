@@ -1,0 +1,66 @@
+"""Chat templates and tokens without transformers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from cai_scale.errors import DataError
+from cai_scale.records import Message
+from cai_scale.runtime.bundle import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Bundle
+
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class Chat:
+    """Renders a conversation as the model was trained to read it, and counts it in tokens.
+
+    The environment of the templates is the one that transformers documents: sandboxed, blocks
+    trimmed, `raise_exception` and `tojson` at hand.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.tokenizer = _tokenizer(bundle.path)
+        settings = bundle.json(TOKENIZER_CONFIG)
+        self._special = {name: _text(settings[name]) for name in SPECIAL if settings.get(name)}
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent
+        )
+        environment.globals["raise_exception"] = _raise
+        self._template = environment.from_string((bundle.path / TEMPLATE).read_text("utf-8"))
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation that waits for the assistant's answer."""
+        try:
+            text = self._template.render(
+                messages=list(messages), add_generation_prompt=True, **self._special
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses the conversation: {error}") from None
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(path / TOKENIZER))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _text(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)

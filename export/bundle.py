@@ -1,0 +1,91 @@
+"""Write the bundle's files around its graphs."""
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from cai_scale.constitution import Constitution
+from cai_scale.evaluation.protocol import DECODING
+from cai_scale.records import read_json, write_json
+from cai_scale.runs import Run
+from cai_scale.runtime import bundle as layout
+
+if TYPE_CHECKING:
+    from .merge import Merged
+
+LIBRARIES = "cai-scale torch transformers peft onnx onnxscript onnxruntime".split()
+
+
+def write_model_files(folder: Path, merged: "Merged") -> None:
+    """config, generation_config, tokenizer and chat template, for every reader."""
+    model, tokenizer = merged.model, merged.tokenizer
+    config = {
+        key: value for key, value in model.config.to_dict().items() if not key.startswith("_")
+    }
+    config["architectures"] = [type(model).__name__]
+    write_json(folder / layout.CONFIG, _plain(config))
+    ends = model.generation_config.eos_token_id
+    settings = {
+        "bos_token_id": model.generation_config.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id if ends is None else ends,
+        "pad_token_id": tokenizer.pad_token_id,
+        "do_sample": True,
+        **asdict(DECODING),
+    }
+    write_json(folder / layout.GENERATION, settings)
+
+    tokenizer.save_pretrained(folder)
+    (folder / layout.TEMPLATE).write_text(tokenizer.chat_template, "utf-8")
+    described = read_json(folder / layout.TOKENIZER_CONFIG)
+    # The class that every version of transformers knows; the template in both of its places.
+    described["tokenizer_class"] = "PreTrainedTokenizerFast"
+    described["chat_template"] = tokenizer.chat_template
+    for key in ("backend", "is_local", "local_files_only", "name_or_path"):
+        described.pop(key, None)
+    write_json(folder / layout.TOKENIZER_CONFIG, described)
+
+
+def write_card(
+    folder: Path, run: Run, constitution: Constitution, parity: Mapping[str, Any]
+) -> None:
+    """The model card: where the model comes from, what was measured, what it is not good for."""
+    environment = Environment(
+        loader=PackageLoader("cai_export", "."), undefined=StrictUndefined, trim_blocks=True
+    )
+    text = environment.get_template("card.md.jinja").render(
+        summary=read_json(run.summary), config=read_json(run.config), constitution=constitution,
+        parity=parity, run=run.path.name,
+    )  # fmt: skip
+    (folder / layout.README).write_text(text, "utf-8")
+
+
+def write_manifest(folder: Path, run: Run, constitution: Constitution, default: str) -> str:
+    """Name every file with its SHA-256, last of all; return the manifest's own."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    config = read_json(run.config)
+    manifest = {
+        "schema": layout.SCHEMA,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": config["settings"]["model"],
+        "weights": config["weights"],
+        "run": {"name": run.path.name, "summary": layout.sha256(run.summary)},
+        "constitution": constitution.sha256,
+        "variants": layout.GRAPHS,
+        "default": default,
+        "scorer": "lexicon",
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "files": {path.relative_to(folder).as_posix(): layout.sha256(path) for path in files},
+    }
+    write_json(folder / layout.MANIFEST, manifest)
+    return layout.sha256(folder / layout.MANIFEST)
+
+
+def _plain(value: Any) -> Any:
+    """Only what JSON can say: a config may hold dtypes and infinities."""
+    return json.loads(json.dumps(value, default=lambda other: str(other).removeprefix("torch.")))

@@ -1,0 +1,74 @@
+"""Merge a run's LoRA adapter into its base model, and make sure that nothing was lost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cai_scale.errors import GateError, IntegrityError
+from cai_scale.runs import Run
+from cai_scale.training import models
+from cai_scale.training.adapters import check_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_DELTA = 1e-3  # of a logit, adapted against merged, in fp32
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model in fp32, its tokenizer, and how far its logits moved by merging."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    max_delta: float
+
+
+def check_run(run: Run) -> None:
+    """Complain about a run that cannot be merged, before a model is loaded.
+
+    Raises:
+        CaiError: the adapter is missing or corrupt, or the base model is not the trained one's.
+    """
+    from cai_scale.records import read_json
+
+    check_adapter(run.adapter)
+    model = run.settings()["model"]
+    models.check(model)
+    if models.weights_sha256(model) != read_json(run.config)["weights"]:
+        raise IntegrityError(
+            f"model {model} has other weights than {run.path} was trained on; restore them"
+        )
+
+
+def merge(run: Run, sequences: Sequence[Sequence[int]]) -> Merged:
+    """Load base and adapter in fp32 and merge.
+
+    Args:
+        sequences: token ids on which the model must answer as it did with its adapter.
+
+    Raises:
+        GateError: a logit moved by more than `MAX_DELTA`.
+    """
+    import torch
+
+    name = run.settings()["model"]
+    adapted = models.with_adapter(models.load_model(name, torch.float32).cpu(), run.adapter)
+    before = [_logits(adapted, sequence) for sequence in sequences]
+    merged = adapted.merge_and_unload(safe_merge=True).eval()
+    delta = max(
+        float((old - _logits(merged, sequence)).abs().max())
+        for old, sequence in zip(before, sequences, strict=True)
+    )
+    if delta > MAX_DELTA:
+        raise GateError(
+            f"merging moved a logit by {delta:.2e}, over {MAX_DELTA:.0e}; train again in fp32"
+        )
+    return Merged(merged, models.load_tokenizer(name), delta)
+
+
+def _logits(model: "PreTrainedModel", sequence: Sequence[int]) -> "torch.Tensor":  # type: ignore[name-defined]  # noqa: F821
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([list(sequence)])).logits[0]

@@ -1,0 +1,53 @@
+"""Give a traced graph the names and axes that readers of ONNX models expect."""
+
+import re
+from typing import TYPE_CHECKING
+
+from cai_scale.errors import GateError
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+_CACHE = re.compile(r"(input|output)\.past_key_values\.layers\.(\d+)\.(keys|values)")
+_AXES = {
+    "input_ids": ("batch_size", "sequence_length"),
+    "attention_mask": ("batch_size", "total_sequence_length"),
+    "position_ids": ("batch_size", "sequence_length"),
+    "logits": ("batch_size", "sequence_length", None),
+    "past_key_values": ("batch_size", None, "past_sequence_length", None),
+    "present": ("batch_size", None, "total_sequence_length", None),
+}
+
+
+def normalise(model: "onnx_ir.Model") -> "onnx_ir.Model":
+    """Rename in place: `past_key_values.N.key` in, `present.N.key` out, axes by their role.
+
+    Raises:
+        GateError: the traced graph has an input or output that has no place in the contract.
+    """
+    import onnx_ir
+
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        name = value.name or ""
+        found = _CACHE.fullmatch(name)
+        if found:
+            side = "past_key_values" if found[1] == "input" else "present"
+            value.name = f"{side}.{found[2]}.{found[3].removesuffix('s')}"
+        role = (value.name or "").split(".")[0]
+        if role not in _AXES or value.shape is None:
+            raise GateError(f"the traced graph has {name!r}, which the bundle's contract lacks")
+        # An axis without a symbol keeps its number: heads, head size, vocabulary.
+        value.shape = onnx_ir.Shape(
+            [dim if axis is None else axis for axis, dim in zip(_AXES[role], value.shape)]
+        )
+    _forget_symbols(model)
+    return model
+
+
+def _forget_symbols(model: "onnx_ir.Model") -> None:
+    """Drop the tracer's symbols from the values inside, so that no reader meets two names for
+    one axis."""
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None

@@ -1,0 +1,36 @@
+"""Quantise a graph's weights. Activations stay in fp32, so no row depends on its batch."""
+
+from pathlib import Path
+from typing import Any
+
+BITS = 8
+BLOCK = 32
+
+
+def quantise(graph: Path, target: Path) -> None:
+    """Write `graph` with its matrix products at 8 bits, symmetric, in blocks of 32.
+
+    The product with the vocabulary keeps fp32 where it shares its weights with the embedding.
+    """
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(str(graph)), bits=BITS, block_size=BLOCK, is_symmetric=True
+    )
+    quantizer.process()
+    save(quantizer.model.model, target)
+
+
+def save(model: Any, target: Path) -> None:
+    """Write a graph with its weights in a sidecar beside it."""
+    import onnx
+
+    onnx.save(
+        model,
+        str(target),
+        save_as_external_data=True,
+        location=f"{target.name}_data",
+        all_tensors_to_one_file=True,
+        size_threshold=1024,
+    )

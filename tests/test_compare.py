@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+
+from cai_scale import constitution
+from cai_scale.evaluation.compare import Answered, compare, drift, interval, slices
+from cai_scale.records import Prompt, Response, Score
+
+CONSTITUTION = constitution.load()
+
+
+def answered(before: float | None, after: float | None, language: str = "en") -> Answered:
+    def score(value: float | None) -> Score | None:
+        if value is None:
+            return None
+        return Score({p.id: value for p in CONSTITUTION.principles}, value)
+
+    def response(value: float | None) -> Response:
+        text = "" if value is None else "one two two"
+        return Response(
+            prompt_id="p", sample=0, round=0, temperature=1, text=text, tokens=3, finished=True
+        )
+
+    return Answered(
+        prompt=Prompt(id="p", messages=({"role": "user", "content": "q"},), language=language),
+        before=response(before),
+        after=response(after),
+        before_score=score(before),
+        after_score=score(after),
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        (0.7, 0.8, "win"),
+        (0.8, 0.7, "loss"),
+        (0.7, 0.7099, "tie"),
+        (0.7, 0.71, "win"),  # 0.01 apart is no tie, in spite of rounding
+        (0.71, 0.7, "loss"),
+        (0.7, None, "loss"),
+        (None, 0.1, "win"),
+        (None, None, "tie"),
+    ],
+)
+def test_verdicts(before: float | None, after: float | None, verdict: str) -> None:
+    assert answered(before, after).verdict == verdict
+
+
+def test_a_comparison_by_hand() -> None:
+    rows = [answered(0.7, 0.8), answered(0.6, 0.6), answered(0.9, 0.8), answered(0.5, 0.8)]
+    rows.append(answered(0.7, None))
+    found = compare(rows, CONSTITUTION)
+    assert (found["n"], found["scored"]) == (5, 4)
+    assert (found["win"], found["loss"], found["tie"]) == (2, 2, 1)
+    assert found["before"]["overall"] == pytest.approx(0.675)
+    assert found["after"]["overall"] == pytest.approx(0.75)
+    assert found["delta"]["overall"] == pytest.approx(0.075)
+    assert found["delta"]["principles"] == pytest.approx(
+        dict.fromkeys(("harmless", "helpful", "honest", "respectful"), 0.075)
+    )
+    low, high = found["delta"]["ci95"]
+    assert low < 0.075 < high
+
+
+def test_the_interval_is_the_normal_one_for_many_prompts() -> None:
+    deltas = np.random.default_rng(1).normal(0.02, 0.1, 2000)
+    half = 1.96 * deltas.std() / len(deltas) ** 0.5
+    low, high = interval(deltas)  # type: ignore[misc]
+    assert low == pytest.approx(deltas.mean() - half, abs=3e-4)
+    assert high == pytest.approx(deltas.mean() + half, abs=3e-4)
+
+
+def test_the_interval_is_paired() -> None:
+    """A constant difference has no spread, however much the prompts differ."""
+    assert interval(np.full(50, 0.03)) == [0.03, 0.03]
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(2)
+    hits = 0
+    for _ in range(200):
+        low, high = interval(generator.normal(0.05, 0.1, 120))  # type: ignore[misc]
+        hits += low <= 0.05 <= high
+    assert 0.90 <= hits / 200 <= 0.99
+
+
+def test_too_few_prompts_have_no_interval() -> None:
+    assert interval(np.array([0.1])) is None
+    empty = compare([], CONSTITUTION)
+    assert (empty["n"], empty["before"]["overall"], empty["delta"]["ci95"]) == (0, None, None)
+
+
+def test_slices_and_drift() -> None:
+    rows = [answered(0.7, 0.8), answered(0.7, 0.6, "vi"), answered(0.7, None, "vi")]
+    parts = slices(rows, CONSTITUTION)
+    assert {key: (part["n"], part["win"], part["loss"]) for key, part in parts.items()} == {
+        "en": (1, 1, 0),
+        "vi": (2, 0, 2),
+    }
+    shape = drift(rows)
+    assert shape["before"] == {
+        "words": 3.0,
+        "distinct": pytest.approx(2 / 3, abs=1e-6),
+        "unfinished": 0,
+        "empty": 0,
+    }
+    assert (shape["after"]["words"], shape["after"]["empty"]) == (2.0, 1)
