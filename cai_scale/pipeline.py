@@ -23,7 +23,7 @@ from cai_scale.evaluation import protocol
 from cai_scale.evaluation.compare import Answered, compare, drift, slices
 from cai_scale.methods import load_method
 from cai_scale.preferences.audit import audit, require_enough
-from cai_scale.preferences.pairs import Candidate, Pair, build_pairs
+from cai_scale.preferences.pairs import build_pairs, read_pairs
 from cai_scale.records import (
     Prompt,
     Response,
@@ -171,7 +171,7 @@ def collect_pairs(job: Job) -> None:
             ranks.main_makes(job.ranks, files.pairs, partial(_write_pairs, job, responses))
         del sampler
         gc.collect()
-    pairs = _read_pairs(files.pairs)
+    pairs = read_pairs(files.pairs)
     job.say(f"{len(pairs)} pairs from {len(job.prompts)} prompts: {files.pairs}")
 
 
@@ -180,7 +180,7 @@ def train(job: Job) -> None:
     if job.run.adapter.is_dir():
         return
     files = job.run.round(1)
-    pairs = _read_pairs(files.pairs)
+    pairs = read_pairs(files.pairs)
     require_enough(pairs, job.config.batch_size, read_json(files.audit))
     with job.timed("train"):
         load_method(job.config.method).train(
@@ -256,20 +256,6 @@ def _write_pairs(job: Job, responses: Sequence[Response]) -> None:
     files = job.run.round(1)
     write_json(files.audit, audit(pairs, account))
     write_jsonl(files.pairs, pairs)
-
-
-def _read_pairs(path: Path) -> list[Pair]:
-    return [
-        Pair(
-            **{
-                **record,
-                "messages": tuple(record["messages"]),
-                "chosen": Candidate(**record["chosen"]),
-                "rejected": Candidate(**record["rejected"]),
-            }
-        )
-        for _, record in read_jsonl(path)
-    ]
 
 
 def _score(job: Job, before: list[Response], after: list[Response]) -> list[Answered]:

@@ -56,11 +56,12 @@ def merge(run: Run, sequences: Sequence[Sequence[int]]) -> Merged:
     adapted = models.with_adapter(models.load_model(name, torch.float32).cpu(), run.adapter)
     before = [_logits(adapted, sequence) for sequence in sequences]
     merged = adapted.merge_and_unload(safe_merge=True).eval()
-    delta = max(
-        float((old - _logits(merged, sequence)).abs().max())
+    deltas = [
+        (old - _logits(merged, sequence)).abs().max()
         for old, sequence in zip(before, sequences, strict=True)
-    )
-    if delta > MAX_DELTA:
+    ]
+    delta = float(torch.stack(deltas).max())
+    if not delta <= MAX_DELTA:  # so that a NaN fails
         raise GateError(
             f"merging moved a logit by {delta:.2e}, over {MAX_DELTA:.0e}; train again in fp32"
         )

@@ -3,9 +3,10 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from cai_scale.records import Message, Prompt, Response, Score
+from cai_scale.records import Message, Prompt, Response, Score, read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,20 @@ def build_pairs(
         "pairs": len(pairs),
         "unpaired": dict(unpaired),
     }
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The pairs of a file that `records.write_jsonl` wrote."""
+    return [
+        Pair(
+            prompt_id=record["prompt_id"],
+            language=record["language"],
+            messages=tuple(record["messages"]),
+            chosen=Candidate(**record["chosen"]),
+            rejected=Candidate(**record["rejected"]),
+        )
+        for _, record in read_jsonl(path)
+    ]
 
 
 def _candidate(response: Response, score: Score) -> Candidate:

@@ -69,7 +69,7 @@ def check(model: str) -> None:
             )
         _refuse_pickles(path)
         return
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise ConfigError(
             f"unknown model {model!r}; name a folder, a hub's owner/name, or one of the aliases: "
             f"{', '.join(ALIASES)}"
