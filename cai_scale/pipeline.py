@@ -29,7 +29,6 @@ from cai_scale.records import (
     Response,
     canonical,
     read_json,
-    read_jsonl,
     write_json,
     write_jsonl,
 )
@@ -41,8 +40,9 @@ from cai_scale.training.batches import plan_batch
 from cai_scale.training.logs import quiet
 
 LIBRARIES = (
-    "cai-scale torch transformers trl peft accelerate deepspeed datasets tokenizers numpy"
-).split()
+    *("cai-scale", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed"),
+    *("datasets", "tokenizers", "numpy"),
+)
 STAGES = ("collect", "train", "evaluate")
 
 
@@ -201,7 +201,9 @@ def evaluate(job: Job) -> None:
     from cai_scale.evaluation.table import print_summary
 
     if not job.run.adapter.is_dir():
-        raise MissingError(f"{job.run.path} has no adapter to evaluate; run 'cai-scale train' first")
+        raise MissingError(
+            f"{job.run.path} has no adapter to evaluate; run 'cai-scale train' first"
+        )
     with job.timed("evaluate before"):
         before = _answer_heldout(job, "before", adapter=None)
     with job.timed("evaluate after"):

@@ -153,7 +153,7 @@ def _same(run: Run, record: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(record))
     for part in ("settings", "constitution", "weights", "prompts"):
         if before.get(part) != now[part]:
-            old, new = before.get(part), now[part]
+            old, new = before.get(part, {}), now[part]
             changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
             key = changed[0]
             raise ConfigError(

@@ -19,7 +19,7 @@ from cai_scale.runtime import bundle as layout
 if TYPE_CHECKING:
     from .merge import Merged
 
-LIBRARIES = "cai-scale torch transformers peft onnx onnxscript onnxruntime".split()
+LIBRARIES = ["cai-scale", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime"]
 
 
 def write_model_files(folder: Path, merged: "Merged") -> None:

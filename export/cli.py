@@ -102,9 +102,7 @@ def export(run: runs.Run, folder: Path) -> str:
     return write_manifest(folder, run, constitution, default="q8")
 
 
-def _sequences(
-    run: runs.Run, tokenizer: "PreTrainedTokenizerBase", tokens: int
-) -> list[list[int]]:
+def _sequences(run: runs.Run, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> list[list[int]]:
     """Held-out conversations as tokens: prompts with the answers of the trained model.
 
     As many as hold `tokens` and more; the prompts alone again and again where answers are few.
@@ -148,7 +146,9 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"output {target} is a file; choose a folder")
     if target.is_dir() and any(target.iterdir()):
         if not (target / layout.MANIFEST).is_file():
-            raise ConfigError(f"output {target} holds files that are not a bundle's; choose another")
+            raise ConfigError(
+                f"output {target} holds files that are not a bundle's; choose another"
+            )
         if not overwrite:
             raise ConfigError(
                 f"output {target} already holds a bundle; choose another or add --overwrite"

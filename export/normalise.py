@@ -37,9 +37,8 @@ def normalise(model: "onnx_ir.Model") -> "onnx_ir.Model":
         if role not in _AXES or value.shape is None:
             raise GateError(f"the traced graph has {name!r}, which the bundle's contract lacks")
         # An axis without a symbol keeps its number: heads, head size, vocabulary.
-        value.shape = onnx_ir.Shape(
-            [dim if axis is None else axis for axis, dim in zip(_AXES[role], value.shape)]
-        )
+        axes = zip(_AXES[role], value.shape, strict=True)
+        value.shape = onnx_ir.Shape([dim if axis is None else axis for axis, dim in axes])
     _forget_symbols(model)
     return model
 

@@ -81,20 +81,21 @@ def check_close(
         divergences.append(kl)
         agreements.append(top1)
     kl, top1 = np.concatenate(divergences), np.concatenate(agreements)
+    mean_kl, agreement = float(kl.mean()), float(top1.mean())
     figures = {
         "tokens": len(kl),
-        "kl": float(kl.mean()),
+        "kl": mean_kl,
         "kl_max": float(kl.max()),
-        "top1": float(top1.mean()),
+        "top1": agreement,
         "alone_against_batch": _batch_effect(graph, sequences[:BATCH]),
         "bounds": {"kl": MAX_KL, "top1": MIN_TOP1, "tokens": MIN_TOKENS},
     }
     if len(kl) < MIN_TOKENS:
         raise GateError(f"{len(kl)} tokens are too few for parity, under {MIN_TOKENS}")
-    if not figures["kl"] <= MAX_KL or not figures["top1"] >= MIN_TOP1:
+    if not mean_kl <= MAX_KL or not agreement >= MIN_TOP1:
         raise GateError(
-            f"variant {name}: KL {figures['kl']:.4f} (at most {MAX_KL}), top-1 agreement "
-            f"{figures['top1']:.4f} (at least {MIN_TOP1}); no bundle was written"
+            f"variant {name}: KL {mean_kl:.4f} (at most {MAX_KL}), top-1 agreement "
+            f"{agreement:.4f} (at least {MIN_TOP1}); no bundle was written"
         )
     return figures
 

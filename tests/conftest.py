@@ -55,9 +55,8 @@ def job(tiny_model: Path, tiny_constitution: Path, few_prompts: Path) -> list[st
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, job: list[str]) -> Any:
     """A run of the main job as one process, without DeepSpeed."""
-    from processes import run_python
-
     from cai_scale.runs import Run
+    from processes import run_python
 
     path = tmp_path_factory.mktemp("runs") / "tiny"
     result = run_python("-m", "cai_scale.launch.train", *job, "--output", str(path))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from processes import run_python
 
 TRAIN = ("-m", "cai_scale.launch.train")
@@ -46,7 +47,7 @@ def refused(folder: Path, *command: str) -> str:
         (["--eval_prompts", "bad.jsonl"], ["bad.jsonl", "row 2", "`prompt`"]),
         (["--constitution", "none.yaml"], ["none.yaml", "does not exist"]),
         (["--constitution", "bad.yaml"], ["bad.yaml", "colour"]),
-        (["--recipe", "fast.yaml"], ["fast.yaml", "dpo.yaml"]),
+        (["--recipe", "fast.yaml"], ["fast.yaml", "quick.yaml"]),
         (["--output", "file.txt"], ["file.txt", "is a file"]),
         (["--output", "/proc/run"], ["/proc/run", "cannot be created"]),
         (["--output", "other"], ["other", "not a run's"]),
@@ -101,7 +102,9 @@ def test_resume_alone_finishes_a_run_with_the_same_result(
     result = run_python(*TRAIN, "--resume", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (run / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == adapter
-    summary, before = (json.loads((p / "summary.json").read_text()) for p in (run, finished_run.path))
+    summary, before = (
+        json.loads((p / "summary.json").read_text()) for p in (run, finished_run.path)
+    )
     for part in (summary, before):
         del part["seconds"]
     assert summary == before

@@ -22,9 +22,7 @@ def test_default_has_the_four_principles_with_equal_weight() -> None:
 
 
 def test_default_lists_have_the_stated_effects_and_a_real_size() -> None:
-    lists = {
-        item.id: item for p in constitution.load().principles for item in p.lexicon.lists
-    }
+    lists = {item.id: item for p in constitution.load().principles for item in p.lexicon.lists}
     assert {name: item.effect for name, item in lists.items()} == {
         "dangerous": -0.15,
         "helpful": 0.10,

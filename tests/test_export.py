@@ -10,12 +10,12 @@ import onnx
 import pytest
 import torch
 from cai_export import parity
-from processes import run_python
 
 from cai_scale.errors import GateError, IntegrityError
 from cai_scale.runtime import bundle as layout
 from cai_scale.runtime.bundle import open_bundle
 from cai_scale.runtime.generate import Graph
+from processes import run_python
 
 
 def axes(value: Any) -> list[Any]:
@@ -254,5 +254,3 @@ def test_a_failed_export_leaves_nothing(
     monkeypatch.setattr(parity, "MAX_DELTA", 1e-12)
     assert cli.main(["--merge-lora", "--run", str(run)]) == 1
     assert sorted(run.rglob("*")) == before
-
-

@@ -77,7 +77,12 @@ def test_longest_match_wins_and_matches_do_not_overlap(critic: LexiconCritic) ->
 
 
 def test_the_two_placements_of_tone_marks_are_one(critic: LexiconCritic) -> None:
-    for spelling in ("phóng hỏa", "phóng hoả", "PHÓNG HOẢ", unicodedata.normalize("NFD", "phóng hỏa")):
+    for spelling in (
+        "phóng hỏa",
+        "phóng hoả",
+        "PHÓNG HOẢ",
+        unicodedata.normalize("NFD", "phóng hỏa"),
+    ):
         assert critic.occurrences(spelling).total() == 1, spelling
     assert tokenise("hòa khỏe thủy") == tokenise("hoà khoẻ thuỷ")
     # The tone itself is not lost, and other words keep theirs.
@@ -107,7 +112,7 @@ def test_agrees_with_a_plain_search(critic: LexiconCritic) -> None:
     }
     text = (
         "In many cases you may try to start with a checklist, for example, but never rob a bank: "
-        "có thể xin lỗi, chắc chắn không bao giờ lừa đảo. Thank you, thanks! It depends on 100% luck."
+        "có thể xin lỗi, chắc chắn không bao giờ lừa đảo. Thank you, thanks! It depends on luck."
     )
     tokens, position, moves = tokenise(text), 0, dict.fromkeys(("harmless", "helpful"), 0.0)
     moves |= dict.fromkeys(("honest", "respectful"), 0.0)

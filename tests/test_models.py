@@ -59,9 +59,7 @@ def test_weights_hash_follows_the_weights(tmp_path: Path, tiny_model: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_packaged_model_converts_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_packaged_model_converts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default model's own numbers: 30 layers, 134.5 million parameters, tied embeddings."""
     import torch
 

@@ -51,7 +51,9 @@ def test_temperature_zero_is_greedy_search(sampler: TransformersSampler) -> None
     ids = sampler.tokenizer(text, return_tensors="pt", add_special_tokens=False)
     with torch.inference_mode():
         output = sampler.model.generate(**ids, do_sample=False, max_new_tokens=24)
-    expected = sampler.tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+    expected = sampler.tokenizer.decode(
+        output[0, ids.input_ids.shape[1] :], skip_special_tokens=True
+    )
     (found,) = sampler.sample([request(TEXTS[1], temperature=0.0)])
     assert found.text == expected.strip()
     assert sampler.sample([request(TEXTS[1], temperature=1.0)])[0].text != found.text
@@ -60,7 +62,9 @@ def test_temperature_zero_is_greedy_search(sampler: TransformersSampler) -> None
 def test_completion_ends_at_the_end_token(sampler: TransformersSampler) -> None:
     end = sampler.tokenizer.eos_token_id
     hello = sampler.tokenizer("hello", add_special_tokens=False).input_ids
-    assert sampler._completion([*hello, end, end, 7], {end}) == Completion("hello", len(hello), True)
+    assert sampler._completion([*hello, end, end, 7], {end}) == Completion(
+        "hello", len(hello), True
+    )
     assert sampler._completion(hello, {end}) == Completion("hello", len(hello), False)
     assert sampler._completion([end], {end}) == Completion("", 0, True)
 
@@ -109,9 +113,7 @@ def test_batches_hold_everything_once_and_similar_lengths() -> None:
 
 
 def gather(path: Path, sampler: FakeSampler, ranks: Ranks = Ranks()) -> Any:  # noqa: B008
-    return collect(
-        sampler, make_requests(), path, batch_size=4, ranks=ranks, title="test"
-    )
+    return collect(sampler, make_requests(), path, batch_size=4, ranks=ranks, title="test")
 
 
 def test_collect_keeps_the_order_of_the_requests(tmp_path: Path) -> None:

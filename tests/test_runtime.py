@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import run_python
 
 from cai_scale.errors import ConfigError, DataError
 from cai_scale.rollout.sampler import Request, TransformersSampler
@@ -13,6 +12,7 @@ from cai_scale.runtime.bundle import open_bundle
 from cai_scale.runtime.chat import Chat
 from cai_scale.runtime.generate import Policy
 from cai_scale.runtime.sampling import Decoding
+from processes import run_python
 
 TEXTS = ["Why?", "How do I keep bread fresh for a week?", "Vì sao trời mưa?", "Tell me about rain."]
 

@@ -3,7 +3,6 @@ import pytest
 
 from cai_scale.runtime.sampling import choose, top, uniforms
 
-
 PINNED = [0.4624391295919219, 0.3594087855165966, 0.20952766846033488]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -212,7 +213,7 @@ class _Node:
     def mapping(self) -> dict[str, Any]:
         if not isinstance(self.value, dict):
             self.fail("expected keys and values")
-        return dict(self.value)  # type: ignore[call-overload, no-any-return]
+        return dict(self.value)  # type: ignore[call-overload]
 
     def keys(self, *expected: str) -> None:
         """Exactly these keys, no other."""
@@ -250,7 +251,7 @@ class _Node:
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.fail("expected a number")
         number = float(value)  # type: ignore[arg-type]
-        if number != number or number in (float("inf"), float("-inf")):
+        if not math.isfinite(number):
             self.fail("expected a finite number")
         return number
 

@@ -1,6 +1,6 @@
 """Compare answers before and after, prompt by prompt. No torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +42,9 @@ def compare(answered: Sequence[Answered], constitution: Constitution) -> dict[st
     Means and Δ are over the prompts whose answers both have a score; `scored` counts them.
     """
     scored = [a for a in answered if a.before_score is not None and a.after_score is not None]
-    measures: dict[str, Callable[[Any], float]] = {"overall": lambda score: score.overall}
-    for principle in constitution.principles:
-        measures[principle.id] = lambda score, key=principle.id: score.principles[key]
-    before = {k: np.array([f(a.before_score) for a in scored]) for k, f in measures.items()}
-    after = {k: np.array([f(a.after_score) for a in scored]) for k, f in measures.items()}
-    delta = {k: after[k] - before[k] for k in measures}
+    before = _columns([a.before_score for a in scored], constitution)
+    after = _columns([a.after_score for a in scored], constitution)
+    delta = {name: after[name] - before[name] for name in before}
     verdicts = [a.verdict for a in answered]
     return {
         "n": len(answered),
@@ -98,6 +95,17 @@ def interval(deltas: NDArray[np.float64]) -> list[float] | None:
         means[start : start + 1000] = deltas[rows].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return [round(float(low), 6), round(float(high), 6)]
+
+
+def _columns(
+    scores: Sequence[Score | None], constitution: Constitution
+) -> dict[str, NDArray[np.float64]]:
+    """[prompts] for "overall" and for each principle."""
+    given = [score for score in scores if score is not None]
+    columns = {"overall": np.array([score.overall for score in given])}
+    for principle in constitution.principles:
+        columns[principle.id] = np.array([score.principles[principle.id] for score in given])
+    return columns
 
 
 def _form(responses: Sequence[Response]) -> dict[str, float | int | None]:

@@ -35,11 +35,12 @@ def train(
     Raises:
         IntegrityError: the saved adapter is not the trained one.
     """
+    from transformers import ProgressCallback
     from transformers.trainer_utils import get_last_checkpoint
     from trl import DPOTrainer
 
     from cai_scale.training import adapters
-    from cai_scale.training.callbacks import MetricsLog
+    from cai_scale.training.callbacks import MetricsLog, ProgressBar
     from cai_scale.training.models import load_model, load_tokenizer
 
     # These arguments switch ZeRO-3's partitioned loading on: they come before the model.
@@ -53,6 +54,9 @@ def train(
         peft_config=adapters.lora(config.lora_r, config.lora_alpha, config.lora_dropout),
         callbacks=[MetricsLog(run.metrics)],
     )
+    if ranks.main:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressBar(loss="loss", margin="rewards/margins"))
     expected = adapters.adapter_shapes(trainer.model)
     checkpoint = get_last_checkpoint(str(run.checkpoints)) if run.checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)

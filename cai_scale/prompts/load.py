@@ -164,5 +164,3 @@ def _fail(source: str, row: int, column: str, value: object, expected: str) -> N
     shown = ascii(value) if not shown.isprintable() else shown
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     raise DataError(f"{source}: row {row}, column `{column}`: {shown}: {expected}")
-
-

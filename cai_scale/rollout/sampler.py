@@ -158,9 +158,7 @@ class SeededChoice:
 
         step = input_ids.shape[1] - self.width
         values, tokens = torch.topk(scores.float(), min(self.top_k, scores.shape[1]))
-        column = choose(
-            values.cpu().numpy(), self.numbers[:, step], self.temperatures, self.top_p
-        )
+        column = choose(values.cpu().numpy(), self.numbers[:, step], self.temperatures, self.top_p)
         chosen = tokens.gather(1, torch.from_numpy(column)[:, None].to(tokens.device))
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
 

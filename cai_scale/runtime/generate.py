@@ -27,9 +27,7 @@ class Graph:
     def __init__(self, path: Path) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        self.session = ort.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         inputs = self.session.get_inputs()
         self._cache = {i.name: i.shape for i in inputs if i.name.startswith("past_key_values.")}
         self._outputs = [o.name for o in self.session.get_outputs()]

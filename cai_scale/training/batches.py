@@ -23,7 +23,8 @@ def plan_batch(batch_size: int, micro_batch_size: int, world: int) -> BatchPlan:
     """
     if batch_size % world:
         raise ConfigError(
-            f"--batch_size {batch_size} does not divide over {world} ranks; use a multiple of {world}"
+            f"--batch_size {batch_size} does not divide over {world} ranks; use a multiple of "
+            f"{world}"
         )
     share = batch_size // world
     per_rank = max(n for n in range(1, min(share, micro_batch_size) + 1) if share % n == 0)

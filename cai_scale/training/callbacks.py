@@ -1,9 +1,10 @@
 """What happens beside the training steps."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from cai_scale.records import canonical
 
@@ -16,6 +17,23 @@ class MetricsLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            figures = {k: v for k, v in logs.items() if isinstance(v, int | float) and v == v}
+            figures = {k: v for k, v in logs.items() if isinstance(v, int | float) and isfinite(v)}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(canonical({"step": state.global_step, **figures}) + "\n")
+
+
+class ProgressBar(ProgressCallback):
+    """The trainer's progress bar with the named figures beside it, in place of printed logs."""
+
+    def __init__(self, **shown: str) -> None:
+        """
+        Args:
+            shown: what to call a figure, and its key in the logs.
+        """
+        super().__init__()
+        self.shown = shown
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs:
+            figures = {name: logs[key] for name, key in self.shown.items() if key in logs}
+            self.training_bar.set_postfix(figures, refresh=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from processes import ROOT, run_deepspeed, run_python
 
 pytestmark = pytest.mark.slow

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import run_deepspeed, run_python
 
 from cai_scale.preferences.pairs import read_pairs
 from cai_scale.records import write_jsonl
 from cai_scale.runs import Run
 from cai_scale.training.adapters import check_adapter
+from processes import run_deepspeed, run_python
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,9 @@ def two_ranks(
 def weights(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    return {k: v.double() for k, v in load_file(folder / "adapter/adapter_model.safetensors").items()}
+    return {
+        k: v.double() for k, v in load_file(folder / "adapter/adapter_model.safetensors").items()
+    }
 
 
 @pytest.fixture(scope="module")

