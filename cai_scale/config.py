@@ -62,7 +62,7 @@ class Config:
 
     margin: float = setting("pairs", 0.05, "smallest score gap of a pair", least=0)
 
-    epochs: float = setting("training", 2.0, "passes over the pairs", least=0.001)
+    epochs: float = setting("training", 2.0, "passes over the pairs", least=0)
     batch_size: int = setting("training", 8, "pairs per step, over all ranks", least=1)
     micro_batch_size: int = setting("training", 4, "pairs at once on a rank", least=1)
     learning_rate: float = setting("training", 2e-4, "peak learning rate", least=0)
@@ -74,7 +74,6 @@ class Config:
         "training", False, "recompute activations to save memory"
     )
     beta: float = setting("training", 0.1, "DPO's β: how firmly the reference holds", least=0)
-    loss_type: str = setting("training", "sigmoid", "DPO's loss, by TRL's name")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -92,6 +91,17 @@ class Config:
                         )
         if not self.temperatures:
             raise ConfigError("--temperatures: expected at least one number")
+        for name in ("learning_rate", "beta", "epochs"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name} {getattr(self, name)}: expected a number above 0")
+        if self.seed >= 2**32:
+            raise ConfigError(f"--seed {self.seed}: expected a number under 2**32")
+        if not any(self.temperatures):
+            raise ConfigError(
+                "--temperatures 0: all samples of a prompt would be the same; give one above 0"
+            )
+        if self.lora_dropout >= 1:
+            raise ConfigError(f"--lora_dropout {self.lora_dropout}: expected a number under 1")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top_p {self.top_p}: expected a number above 0 and at most 1")
 
@@ -159,12 +169,32 @@ def read_ds_config(path: str) -> dict[str, Any]:
     """A DeepSpeed configuration: a JSON file, by path or by its name in `ds_configs`."""
     text = _named(path, "cai_scale.ds_configs", kind="ds_config", suffix=".json")
     try:
-        values = json.loads(text)
-    except ValueError as error:
+        values = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"ds_config {path} is not JSON ({error}); mend the file") from None
     if not isinstance(values, dict):
         raise ConfigError(f"ds_config {path}: expected a JSON object")
+    zero = values.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in range(4):
+        raise ConfigError(
+            f"ds_config {path}: zero_optimization: {zero!r}: expected an object with a stage from "
+            f"0 to 3"
+        )
+    for size in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+    ):
+        if values.get(size, "auto") != "auto":
+            raise ConfigError(
+                f'ds_config {path}: {size}: {values[size]!r}: write "auto"; the sizes come from '
+                f"--batch_size and --micro_batch_size"
+            )
     return values
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _named(path: str, package: str, *folders: str, kind: str, suffix: str) -> str:

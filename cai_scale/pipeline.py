@@ -8,17 +8,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from cai_scale import prompts as prompt_files
+from cai_scale import ranks
 from cai_scale.config import Config, read_ds_config
 from cai_scale.constitution import Constitution
 from cai_scale.constitution import load as load_constitution
 from cai_scale.critics import Critic, load_critic
-from cai_scale.errors import MissingError
+from cai_scale.errors import ConfigError, MissingError
 from cai_scale.evaluation import protocol
 from cai_scale.evaluation.compare import Answered, compare, drift, slices
 from cai_scale.methods import load_method
@@ -34,8 +34,8 @@ from cai_scale.records import (
 )
 from cai_scale.rollout.collect import collect, requests_for
 from cai_scale.rollout.revise import RevisionRules, revise
-from cai_scale.runs import ROOT, Run, check_output, open_run
-from cai_scale.training import models, precision, ranks
+from cai_scale.runs import ROOT, Run, check_output, open_run, versions
+from cai_scale.training import models, precision
 from cai_scale.training.batches import plan_batch
 from cai_scale.training.logs import quiet
 
@@ -83,21 +83,30 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     peers = ranks.from_environment()
     constitution = load_constitution(config.constitution)
     critic = load_critic(config.critic, constitution)
-    ds_config = read_ds_config(config.ds_config) if config.ds_config else None
+    ds_config = None if config.ds_config is None else read_ds_config(config.ds_config)
     if ds_config is not None:
         _require_deepspeed()
     plan_batch(config.batch_size, config.micro_batch_size, peers.world)
     models.check(config.model)
     prompts, heldout = prompt_files.load(config.prompts), prompt_files.load(config.eval_prompts)
+    if config.batch_size > len(prompts):
+        raise ConfigError(
+            f"--batch_size {config.batch_size} with {len(prompts)} prompts: a prompt gives one "
+            f"pair at most; lower it, or bring more prompts"
+        )
     if output is not None:
         check_output(output, overwrite=overwrite)
     chosen = precision.choose(config.precision)
 
     quiet()
-    ranks.join(peers)
+    longest = max(config.max_new_tokens, protocol.DECODING.max_new_tokens)
+    models.check_prompts(config.model, [*prompts, *heldout], longest)
+    record: dict[str, Any] = {}
+    if peers.main:  # hashing, and perhaps a download: before the ranks meet
+        record = _record(config, peers, chosen, constitution, ds_config, prompts, heldout)
+    ranks.join(peers, deepspeed=ds_config is not None)
     if peers.main:
         default = ROOT / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}"
-        record = _record(config, peers, chosen, constitution, ds_config, prompts, heldout)
         run, continued = open_run(output or default, record, overwrite=overwrite)
         write_json(run.constitution, constitution.data)
         path, verb = str(run.path), "continues" if continued else "starts"
@@ -168,7 +177,9 @@ def collect_pairs(job: Job) -> None:
                 ranks=job.ranks,
             )
         with job.timed("pair"):
-            ranks.main_makes(job.ranks, files.pairs, partial(_write_pairs, job, responses))
+            if job.ranks.main:
+                _write_pairs(job, responses)
+            ranks.wait_for(files.pairs)
         del sampler
         gc.collect()
     pairs = read_pairs(files.pairs)
@@ -191,7 +202,7 @@ def train(job: Job) -> None:
             precision=job.precision,
             ds_config=job.ds_config,
         )
-        ranks.main_makes(job.ranks, job.run.adapter, lambda: None)
+        ranks.wait_for(job.run.adapter)
     gc.collect()
 
 
@@ -202,7 +213,7 @@ def evaluate(job: Job) -> None:
 
     if not job.run.adapter.is_dir():
         raise MissingError(
-            f"{job.run.path} has no adapter to evaluate; run 'cai-scale train' first"
+            f"{job.run.path} has no adapter to evaluate; train it with 'cai-scale train'"
         )
     with job.timed("evaluate before"):
         before = _answer_heldout(job, "before", adapter=None)
@@ -237,8 +248,8 @@ def _answer_heldout(job: Job, when: str, *, adapter: Path | None) -> list[Respon
     requests = requests_for(
         job.heldout,
         (protocol.DECODING.temperature,),
-        samples=len(protocol.SEEDS),
-        seed=protocol.SEEDS[0],
+        samples=1,
+        seed=protocol.SEED,
         round=0,
     )
     return collect(
@@ -287,7 +298,7 @@ def _summary(job: Job, answered: Sequence[Answered]) -> dict[str, Any]:
         "drift": drift(answered),
         "slices": slices(answered, job.constitution),
         "decoding": asdict(protocol.DECODING),
-        "seeds": list(protocol.SEEDS),
+        "seeds": [protocol.SEED],
         "seconds": read_json(job.run.times),
     }
 
@@ -312,26 +323,16 @@ def _record(
         "prompts": {"train": _digest(prompts), "heldout": _digest(heldout)},
         "precision": {"name": chosen.name, "reason": chosen.reason},
         "ds_config": ds_config,
-        "world": peers.world,
+        "ranks": {"world": peers.world},
         "hardware": {
             "machine": platform.machine(),
             "system": platform.system(),
             "cores": os.cpu_count(),
             "gpus": gpus,
         },
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions(*LIBRARIES)},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

@@ -1,16 +1,18 @@
 """The records that stages exchange, and JSON Lines files that are whole or absent. No torch."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from cai_scale.errors import ConfigError, DataError
 
 Message = dict[str, str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,42 @@ class Response:
     revised: bool = False
 
 
+@dataclass(frozen=True)
+class Completion:
+    """A generated text, its length in tokens, and whether the model ended it itself."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An answer as it stands in a pair."""
+
+    text: str
+    score: float
+    temperature: float
+    revised: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt, the chosen scored higher than the rejected."""
+
+    prompt_id: str
+    language: str
+    messages: tuple[Message, ...]
+    chosen: Candidate
+    rejected: Candidate
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def canonical(record: object) -> str:
     """One line of JSON: readable Unicode, no NaN."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
@@ -67,7 +105,11 @@ def read_jsonl(path: Path, *, torn_tail: bool = False) -> Iterator[tuple[int, di
     Raises:
         DataError: a line is not UTF-8 or not a JSON object; the row is named.
     """
-    with path.open("rb") as lines:
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); restore the file") from None
+    with lines:
         for row, raw in enumerate(lines, 1):
             if torn_tail and not raw.endswith(b"\n"):
                 return
@@ -84,6 +126,23 @@ def read_jsonl(path: Path, *, torn_tail: bool = False) -> Iterator[tuple[int, di
             if not isinstance(value, dict):
                 raise DataError(f"{path}: row {row}: {type(value).__name__}, expected an object")
             yield row, value
+
+
+def read_records(path: Path, build: Callable[[dict[str, Any]], T]) -> list[T]:
+    """What `build` makes of every row of a file that this project wrote.
+
+    Raises:
+        DataError: a row has other keys than it was written with.
+    """
+    built = []
+    for row, record in read_jsonl(path):
+        try:
+            built.append(build(record))
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: row {row}: not as it was written ({error}); restore the file"
+            ) from None
+    return built
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
@@ -108,7 +167,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}); restore the file") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")

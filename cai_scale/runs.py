@@ -1,5 +1,7 @@
 """The folder of a run: the one owner of its file names. Stages read and write through it."""
 
+import contextlib
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Mapping
@@ -7,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cai_scale.errors import ConfigError, MissingError
+from cai_scale.errors import ConfigError, DataError, MissingError
 from cai_scale.records import read_json, write_json
 
 SCHEMA = 1
@@ -90,15 +92,39 @@ class Run:
         """The answers of an evaluation; `when` is "before" or "after"."""
         return self.path / "evaluation" / f"{when}.jsonl"
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the run was started with: the content of `config.json`.
+
+        Raises:
+            DataError: the file is not one of a run.
+        """
+        record = read_json(self.config)
+        parts = ("settings", "constitution", "weights", "prompts", "precision", "ranks")
+        if record.get("schema") != SCHEMA or not all(
+            isinstance(record.get(part), dict) for part in parts
+        ):
+            raise DataError(f"{self.config} is not the config.json of a run; restore the file")
+        return record
+
     def settings(self) -> dict[str, Any]:
         """The settings that the run was started with."""
-        return dict(read_json(self.config)["settings"])
+        return dict(self.record["settings"])
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add to the time that a stage has taken, over all starts of the run."""
         times = read_json(self.times) if self.times.is_file() else {}
         times[stage] = round(times.get(stage, 0.0) + seconds, 3)
         write_json(self.times, times)
+
+
+def versions(*names: str) -> dict[str, str]:
+    """The versions of those distributions that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -110,12 +136,21 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     run = Run(path)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output {path} is a file; choose a folder")
+    # A start that was killed at once may leave a file written aside, whose name has a dot.
+    foreign = path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir())
+    if foreign and not _is_run(run):
+        raise ConfigError(f"output {path} holds files that are not a run's; choose another folder")
     if run.finished and not overwrite:
         raise ConfigError(
             f"output {path} already holds a finished run; choose another or add --overwrite"
         )
-    if path.is_dir() and any(path.iterdir()) and not run.config.is_file():
-        raise ConfigError(f"output {path} holds files that are not a run's; choose another folder")
+
+
+def _is_run(run: Run) -> bool:
+    """Whether the folder is a run: any model's folder has a `config.json` too."""
+    with contextlib.suppress(DataError):
+        return bool(run.record)
+    return False
 
 
 def open_run(path: Path, record: Mapping[str, Any], *, overwrite: bool) -> tuple[Run, bool]:
@@ -149,11 +184,14 @@ def open_run(path: Path, record: Mapping[str, Any], *, overwrite: bool) -> tuple
 
 def _same(run: Run, record: Mapping[str, Any]) -> None:
     """A run continues only with what it was started with; where it ran may differ."""
-    before = read_json(run.config)
+    before = run.record
     now = json.loads(json.dumps(record))
-    for part in ("settings", "constitution", "weights", "prompts"):
+    parts = ["settings", "constitution", "weights", "prompts", "precision", "ds_config"]
+    if run.checkpoints.is_dir() and not run.adapter.is_dir():
+        parts.append("ranks")  # an optimizer's state lies in as many pieces as there were ranks
+    for part in parts:
         if before.get(part) != now[part]:
-            old, new = before.get(part, {}), now[part]
+            old, new = before.get(part) or {}, now[part] or {}
             changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
             key = changed[0]
             raise ConfigError(
@@ -161,6 +199,25 @@ def _same(run: Run, record: Mapping[str, Any]) -> None:
                 f"{old.get(key)!r} there, {new.get(key)!r} here; set it back, choose another "
                 f"--output, or add --overwrite"
             )
+
+
+def finished(path: Path | None) -> Run:
+    """The run in that folder, or the newest finished one where none is named.
+
+    Raises:
+        MissingError: there is none, or it is not finished.
+    """
+    if path is None:
+        return newest(ROOT, finished=True)
+    run = Run(path)
+    if not run.finished:
+        raise MissingError(
+            f"{path} holds no finished run; finish one with "
+            f"'cai-scale evaluate --output {path} --resume'"
+        )
+    if read_json(run.summary).get("schema") != SCHEMA:
+        raise DataError(f"{run.summary} is not the summary of a run; restore the file")
+    return run
 
 
 def newest(root: Path, *, finished: bool) -> Run:

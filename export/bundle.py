@@ -1,6 +1,5 @@
 """Write the bundle's files around its graphs."""
 
-import importlib.metadata
 import json
 import time
 from collections.abc import Mapping
@@ -12,14 +11,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cai_scale.constitution import Constitution
 from cai_scale.evaluation.protocol import DECODING
-from cai_scale.records import read_json, write_json
-from cai_scale.runs import Run
+from cai_scale.records import read_json, sha256, write_json
+from cai_scale.runs import Run, versions
 from cai_scale.runtime import bundle as layout
 
 if TYPE_CHECKING:
     from .merge import Merged
 
-LIBRARIES = ["cai-scale", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime"]
+LIBRARIES = ("cai-scale", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime")
 
 
 def write_model_files(folder: Path, merged: "Merged") -> None:
@@ -29,6 +28,8 @@ def write_model_files(folder: Path, merged: "Merged") -> None:
         key: value for key, value in model.config.to_dict().items() if not key.startswith("_")
     }
     config["architectures"] = [type(model).__name__]
+    # Some architectures keep it under a name of their own (GPT-2: n_positions).
+    config["max_position_embeddings"] = model.config.max_position_embeddings
     write_json(folder / layout.CONFIG, _plain(config))
     ends = model.generation_config.eos_token_id
     settings = {
@@ -74,16 +75,16 @@ def write_manifest(folder: Path, run: Run, constitution: Constitution, default: 
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "model": config["settings"]["model"],
         "weights": config["weights"],
-        "run": {"name": run.path.name, "summary": layout.sha256(run.summary)},
+        "run": {"name": run.path.name, "summary": sha256(run.summary)},
         "constitution": constitution.sha256,
         "variants": layout.GRAPHS,
         "default": default,
         "scorer": "lexicon",
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "files": {path.relative_to(folder).as_posix(): layout.sha256(path) for path in files},
+        "versions": versions(*LIBRARIES),
+        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
     }
     write_json(folder / layout.MANIFEST, manifest)
-    return layout.sha256(folder / layout.MANIFEST)
+    return sha256(folder / layout.MANIFEST)
 
 
 def _plain(value: Any) -> Any:

@@ -10,10 +10,11 @@ from rich.console import Console
 
 from cai_scale import constitution as constitutions
 from cai_scale import prompts, runs
-from cai_scale.cli import Parser, require
-from cai_scale.errors import ConfigError, MissingError, one_line
-from cai_scale.records import Prompt, Response, read_json, read_jsonl, write_json
+from cai_scale.commands import Parser, one_line, require
+from cai_scale.errors import ConfigError, DataError
+from cai_scale.records import Prompt, Response, read_json, read_records, write_json
 from cai_scale.runtime import bundle as layout
+from cai_scale.runtime.bundle import open_bundle
 from cai_scale.training.logs import quiet
 
 if TYPE_CHECKING:
@@ -37,11 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="the bundle's folder (default: RUN/bundle)")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle in --output")
     options = parser.parse_args(arguments)
-    if options.run is not None and not runs.Run(options.run).finished:
-        raise MissingError(
-            f"{options.run} holds no finished run; finish it with 'cai-scale train --resume'"
-        )
-    run = runs.Run(options.run) if options.run else runs.newest(runs.ROOT, finished=True)
+    run = runs.finished(options.run)
     if not options.merge_lora:
         raise ConfigError(f"{run.path} holds a LoRA adapter; add --merge-lora to export it merged")
     target = options.output or run.bundle
@@ -69,7 +66,7 @@ def export(run: runs.Run, folder: Path) -> str:
     from .graph import trace
     from .merge import check_run, merge
     from .normalise import normalise
-    from .parity import MIN_TOKENS, check_close, check_exact
+    from .parity import MIN_TOKENS, check_answers, check_close, check_exact
     from .quantise import quantise
 
     quiet()
@@ -99,7 +96,9 @@ def export(run: runs.Run, folder: Path) -> str:
     write_json(folder / layout.CONSTITUTION, constitution.data)
     write_json(folder / layout.PARITY, parity)
     write_card(folder, run, constitution, parity)
-    return write_manifest(folder, run, constitution, default="q8")
+    digest = write_manifest(folder, run, constitution, default="q8")
+    check_answers(open_bundle(folder), merged, [p.text for p in prompts.load(prompts.HELDOUT)])
+    return digest
 
 
 def _sequences(run: runs.Run, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> list[list[int]]:
@@ -109,7 +108,9 @@ def _sequences(run: runs.Run, tokenizer: "PreTrainedTokenizerBase", tokens: int)
     """
     source = run.settings()["eval_prompts"]
     asked = {prompt.id: prompt for prompt in prompts.load(source)}
-    answers = [Response(**record) for _, record in read_jsonl(run.evaluation("after"))]
+    answers = read_records(run.evaluation("after"), lambda record: Response(**record))
+    if not asked.keys() >= {answer.prompt_id for answer in answers}:
+        raise DataError(f"prompts {source} are not those of {run.path}; restore the file")
     conversations = [_conversation(asked[a.prompt_id], a.text) for a in answers]
     conversations += [_conversation(prompt, prompt.text) for prompt in prompts.load("heldout")]
     sequences: list[list[int]] = []
@@ -142,8 +143,8 @@ def _report(parity: dict[str, Any]) -> None:
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"output {target} is a file; choose a folder")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ConfigError(f"output {target} is a file or a link; choose a folder")
     if target.is_dir() and any(target.iterdir()):
         if not (target / layout.MANIFEST).is_file():
             raise ConfigError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cai_scale.errors import GateError, IntegrityError
+from cai_scale.records import read_json
 from cai_scale.runs import Run
 from cai_scale.training import models
 from cai_scale.training.adapters import check_adapter
@@ -30,8 +31,6 @@ def check_run(run: Run) -> None:
     Raises:
         CaiError: the adapter is missing or corrupt, or the base model is not the trained one's.
     """
-    from cai_scale.records import read_json
-
     check_adapter(run.adapter)
     model = run.settings()["model"]
     models.check(model)

@@ -1,7 +1,7 @@
 """The gate: an exported graph must answer as the trained model does, or there is no bundle."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cai_scale.errors import GateError
-from cai_scale.runtime.generate import Graph
+from cai_scale.runtime.bundle import Bundle
+from cai_scale.runtime.generate import Graph, Policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .merge import Merged
 
 Array = NDArray[Any]
 
@@ -21,6 +24,7 @@ MAX_KL = 0.02  # nats a token, quantised against torch
 MIN_TOP1 = 0.95
 MIN_TOKENS = 2000
 BATCH = 6
+ANSWER = 16  # tokens of greedy search, bundle against torch
 STEPS = 4  # tokens decoded one at a time, at the end of each sequence
 
 
@@ -82,7 +86,7 @@ def check_close(
         agreements.append(top1)
     kl, top1 = np.concatenate(divergences), np.concatenate(agreements)
     mean_kl, agreement = float(kl.mean()), float(top1.mean())
-    figures = {
+    figures: dict[str, Any] = {
         "tokens": len(kl),
         "kl": mean_kl,
         "kl_max": float(kl.max()),
@@ -90,6 +94,11 @@ def check_close(
         "alone_against_batch": _batch_effect(graph, sequences[:BATCH]),
         "bounds": {"kl": MAX_KL, "top1": MIN_TOP1, "tokens": MIN_TOKENS},
     }
+    if not figures["alone_against_batch"] <= MAX_DELTA:
+        raise GateError(
+            f"variant {name}: a row's logits change by {figures['alone_against_batch']:.2e} in a "
+            f"batch, over {MAX_DELTA:.0e}; no bundle was written"
+        )
     if len(kl) < MIN_TOKENS:
         raise GateError(f"{len(kl)} tokens are too few for parity, under {MIN_TOKENS}")
     if not mean_kl <= MAX_KL or not agreement >= MIN_TOP1:
@@ -98,6 +107,34 @@ def check_close(
             f"{agreement:.4f} (at least {MIN_TOP1}); no bundle was written"
         )
     return figures
+
+
+def check_answers(bundle: Bundle, merged: "Merged", texts: Sequence[str]) -> None:
+    """Read prompts, and answer the last, as the bundle's user does: template, tokens, search.
+
+    Raises:
+        GateError: the runtime reads a prompt otherwise than the trained model's tokenizer, or
+            greedy search gives another answer.
+    """
+    import torch
+
+    policy = Policy(bundle, "fp32")
+    for text in texts:
+        messages = [{"role": "user", "content": text}]
+        tokens = merged.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        if policy.chat.encode(messages) != list(tokens):
+            raise GateError(f"the runtime reads {text[:40]!r} otherwise than the tokenizer")
+    ids = torch.tensor([list(tokens)])
+    with torch.inference_mode():
+        output = merged.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=ANSWER
+        )[0, len(tokens) :]
+    greedy = replace(policy.decoding, temperature=0.0, max_new_tokens=ANSWER)
+    found = policy.answer([messages], greedy)[0].text
+    if found != merged.tokenizer.decode(output, skip_special_tokens=True).strip():
+        raise GateError(f"the bundle answers {text[:40]!r} otherwise than the trained model")
 
 
 def divergence(expected: Array, found: Array) -> tuple[Array, NDArray[np.bool_]]:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from cai_scale.runtime.bundle import WEIGHTS_SUFFIX
+
 BITS = 8
 BLOCK = 32
 
@@ -30,7 +32,7 @@ def save(model: Any, target: Path) -> None:
         model,
         str(target),
         save_as_external_data=True,
-        location=f"{target.name}_data",
+        location=target.name + WEIGHTS_SUFFIX,
         all_tensors_to_one_file=True,
         size_threshold=1024,
     )

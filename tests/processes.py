@@ -23,7 +23,7 @@ def run_python(
 
 
 def run_deepspeed(
-    ranks: int, *arguments: str, timeout: float = 600, cwd: Path = ROOT
+    ranks: int, *arguments: str, timeout: float = 400, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run the deepspeed launcher with `ranks` ranks on this machine."""
     return run_python(

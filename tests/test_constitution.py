@@ -107,11 +107,6 @@ def edit(path: str, value: Any) -> dict[str, Any]:
             False,
             "principles[0].lexicon.lists[0].terms.en[3]",
         ),
-        (
-            "principles/0/lexicon/lists/0/terms/en/3",
-            "please",
-            "principles[3].lexicon.lists[0].terms.en",
-        ),
         ("requests/judge", ..., "requests.judge"),
     ],
 )

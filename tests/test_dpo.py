@@ -1,17 +1,19 @@
 """DPO's numbers on a tiny model, in this process, without DeepSpeed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cai_scale.config import Config
+from cai_scale.errors import ConfigError
 from cai_scale.methods import load_method
-from cai_scale.preferences.pairs import Candidate, Pair
-from cai_scale.records import read_jsonl
+from cai_scale.methods.dpo import newest_checkpoint, whole_batches
+from cai_scale.ranks import Ranks
+from cai_scale.records import Candidate, Pair, read_jsonl
 from cai_scale.runs import Run
 from cai_scale.training.precision import Precision
-from cai_scale.training.ranks import Ranks
 
 
 def pairs(count: int = 6) -> list[Pair]:
@@ -94,8 +96,6 @@ def test_the_logged_margin_by_hand(tmp_path: Path, tiny_model: Path) -> None:
 
 def test_swapped_pairs_push_the_other_way(tmp_path: Path, tiny_model: Path) -> None:
     """A control: with chosen and rejected swapped, another adapter comes out."""
-    from dataclasses import replace
-
     from safetensors.torch import load_file
 
     def adapter(name: str, rows: list[Pair]) -> dict[str, Any]:
@@ -109,6 +109,41 @@ def test_swapped_pairs_push_the_other_way(tmp_path: Path, tiny_model: Path) -> N
     moved = sum(float((same[k] - swapped[k]).norm() ** 2) for k in same) ** 0.5
     size = sum(float(v.norm() ** 2) for k, v in same.items() if "lora_B" in k) ** 0.5
     assert moved > size  # they part ways by more than either has gone
+
+
+def test_rows_that_fill_no_batch_are_left_out_by_their_gap() -> None:
+    rows = pairs(7)
+    rows[2] = replace(rows[2], chosen=replace(rows[2].chosen, score=0.71))
+    assert [p.prompt_id for p in whole_batches(rows, 3)] == ["0", "1", "3", "4", "5", "6"]
+    assert whole_batches(rows, 7) == rows
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "none") is None
+    for step, whole in ((5, True), (10, True), (15, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_pairs_whose_prompt_fills_max_length_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="6 pairs fill --max_length 8"):
+        train(tiny_model, tmp_path / "run", pairs(), max_length=8)
+
+
+def test_metrics_of_steps_that_are_made_again_are_forgotten(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from cai_scale.training.callbacks import MetricsLog
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    log = MetricsLog(path)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1)
+    log.on_train_begin(None, state, None)
+    log.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=2), None, {"loss": 1})
+    assert [r for _, r in read_jsonl(path)] == [{"step": 1, "loss": 3}, {"step": 2, "loss": 1}]
 
 
 def test_only_the_adapter_is_saved(tmp_path: Path, tiny_model: Path) -> None:

@@ -34,6 +34,6 @@ def test_the_decoding_of_the_evaluation() -> None:
         "top_k": 50,
         "max_new_tokens": 96,
     }
-    assert protocol.SEEDS == (0,)
+    assert protocol.SEED == 0
     assert protocol.BATCH_SIZE == 30
     assert protocol.TIE == 0.01

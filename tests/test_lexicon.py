@@ -1,3 +1,4 @@
+import copy
 import time
 import unicodedata
 
@@ -135,10 +136,7 @@ def test_time_does_not_grow_with_the_number_of_terms() -> None:
     """Twenty times the terms: the same pass over the text."""
 
     def seconds(extra: int) -> float:
-        data = dict(constitution.load().data)
-        import copy
-
-        data = copy.deepcopy(data)
+        data = copy.deepcopy(dict(constitution.load().data))
         data["principles"][0]["lexicon"]["lists"][0]["terms"]["en"] += [
             f"alpha beta word{n}" for n in range(extra)
         ]
@@ -152,6 +150,14 @@ def test_time_does_not_grow_with_the_number_of_terms() -> None:
         return min(times)
 
     assert seconds(8000) < 3 * seconds(0)
+
+
+@pytest.mark.parametrize("term", ["please", "Please", "phóng hoả"])
+def test_a_term_in_two_lists_is_refused_in_any_spelling(term: str) -> None:
+    data = copy.deepcopy(dict(constitution.load().data))
+    data["principles"][1]["lexicon"]["lists"][0]["terms"]["en"].append(term)
+    with pytest.raises(ConfigError, match=r"stands in .*/.* and in .*/"):
+        LexiconCritic(constitution.from_dict(data))
 
 
 def test_unknown_critic_lists_the_known_ones() -> None:

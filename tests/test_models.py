@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cai_scale.errors import ConfigError, MissingError
+from cai_scale.errors import ConfigError, IntegrityError, MissingError
 from cai_scale.training import models, precision
 
 
@@ -56,6 +56,34 @@ def test_weights_hash_follows_the_weights(tmp_path: Path, tiny_model: Path) -> N
     assert list(found) == ["model.safetensors"]
     assert found == models.weights_sha256(str(again))
     assert found != models.weights_sha256(str(other))
+
+
+def test_missing_weights_are_not_filled_with_random_numbers(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"lacks weights, model\.layers\.1\.mlp\.down_proj"):
+        models.load_model(str(folder), torch.float32)
+
+
+def test_a_corrupt_weights_file_is_named(tmp_path: Path, tiny_model: Path) -> None:
+    import shutil
+
+    import torch
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        models.load_model(str(folder), torch.float32)
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@ import pytest
 
 from cai_scale.errors import GateError
 from cai_scale.preferences.audit import audit, require_enough
-from cai_scale.preferences.pairs import Pair, build_pairs
-from cai_scale.records import Prompt, Response, Score
+from cai_scale.preferences.pairs import build_pairs
+from cai_scale.records import Pair, Prompt, Response, Score
 
 
 def prompt(name: str, language: str = "en") -> Prompt:

@@ -6,10 +6,10 @@ import pytest
 
 from cai_scale import constitution
 from cai_scale.critics.lexicon import LexiconCritic
-from cai_scale.records import Prompt, Response
+from cai_scale.ranks import Ranks
+from cai_scale.records import Completion, Prompt, Response
 from cai_scale.rollout.revise import RevisionRules, complaint, revise
-from cai_scale.rollout.sampler import Completion, Request
-from cai_scale.training.ranks import Ranks
+from cai_scale.rollout.sampler import Request
 
 CONSTITUTION = constitution.load()
 CRITIC = LexiconCritic(CONSTITUTION)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cai_scale.records import read_jsonl
+from cai_scale.ranks import Ranks
+from cai_scale.records import Completion, read_jsonl
 from cai_scale.rollout.collect import collect, requests_for
-from cai_scale.rollout.sampler import Completion, Request, TransformersSampler, cut
-from cai_scale.training.ranks import Ranks
+from cai_scale.rollout.sampler import Request, TransformersSampler, cut
 
 
 def request(text: str, **changes: Any) -> Request:

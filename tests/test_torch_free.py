@@ -54,8 +54,8 @@ def test_training_without_its_extra_is_one_line() -> None:
         + """
 import importlib.util
 real = importlib.util.find_spec
-import cai_scale.cli as cli
-cli.find_spec = lambda name: None if name in BLOCKED else real(name)
+import cai_scale.cli as cli, cai_scale.commands as commands
+commands.find_spec = lambda name: None if name in BLOCKED else real(name)
 sys.exit(cli.train([]))
 """
     )

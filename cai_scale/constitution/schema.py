@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -14,6 +13,7 @@ import yaml
 from cai_scale.errors import ConfigError, MissingError
 
 SCHEMA = 1
+LARGEST = 1_000_000
 REQUESTS = ("critique", "too_short", "repetitive", "below_floor", "judge")
 PLACEHOLDER = "{principle}"
 
@@ -99,7 +99,9 @@ def load(path: str | Path | None = None) -> Constitution:
             f"constitution {path} cannot be read as UTF-8 text ({error}); name a YAML file"
         ) from None
     try:
-        return from_dict(yaml.safe_load(content), str(path))
+        data = yaml.load(content, _Loader)
+    except (ValueError, RecursionError) as error:  # a tag such as !!int on a word; deep nesting
+        raise ConfigError(f"constitution {path} is not valid YAML ({error}); mend it") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
@@ -107,6 +109,21 @@ def load(path: str | Path | None = None) -> Constitution:
         raise ConfigError(
             f"constitution {path} is not valid YAML{where}: {problem}; mend that line"
         ) from None
+    return from_dict(data, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, where YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return dict(super().construct_mapping(node, deep=deep))
 
 
 def from_dict(data: object, source: str = "constitution") -> Constitution:
@@ -126,15 +143,13 @@ def from_dict(data: object, source: str = "constitution") -> Constitution:
     _unique(root.at("principles"), [p.id for p in principles])
     requests = root.at("requests")
     requests.keys(*REQUESTS)
-    constitution = Constitution(
+    return Constitution(
         name=root.at("name").text(),
         languages=languages,
         principles=principles,
         requests={kind: _wording(requests.at(kind), languages) for kind in REQUESTS},
         data=root.mapping(),
     )
-    _one_meaning(constitution, root)
-    return constitution
 
 
 def _principle(node: "_Node", languages: tuple[str, ...]) -> Principle:
@@ -143,6 +158,8 @@ def _principle(node: "_Node", languages: tuple[str, ...]) -> Principle:
     lexicon.keys("start", "lists")
     lists = tuple(_term_list(item, languages) for item in lexicon.at("lists").items())
     _unique(lexicon.at("lists"), [item.id for item in lists])
+    if node.at("id").value == "overall":
+        node.at("id").fail("that is the name of the mean; choose another")
     weight = node.at("weight").number()
     if weight <= 0:
         node.at("weight").fail("expected a number above 0")
@@ -181,22 +198,6 @@ def _unique(node: "_Node", ids: list[str]) -> None:
     for index, name in enumerate(ids):
         if name in ids[:index]:
             node.item(index).fail(f"the id {name!r} is taken already; ids must differ")
-
-
-def _one_meaning(constitution: Constitution, root: "_Node") -> None:
-    """A term may stand in one list only: it is counted once."""
-    seen: dict[str, str] = {}
-    for p, principle in enumerate(constitution.principles):
-        for i, term_list in enumerate(principle.lexicon.lists):
-            where = f"principles[{p}].lexicon.lists[{i}]"
-            for language, terms in term_list.terms.items():
-                for term in terms:
-                    key = term.casefold()
-                    if seen.setdefault(key, where) != where:
-                        raise ConfigError(
-                            f"{root.source}: {where}.terms.{language}: {term!r} also stands in "
-                            f"{seen[key]}; keep it in one list"
-                        )
 
 
 class _Node:
@@ -244,16 +245,17 @@ class _Node:
     def text(self) -> str:
         if not isinstance(self.value, str) or not self.value.strip():
             self.fail("expected a text that is not empty (quote words such as no, yes, on)")
+        if any("\ud800" <= letter <= "\udfff" for letter in str(self.value)):
+            self.fail("expected text without lone surrogates")
         return str(self.value)
 
     def number(self) -> float:
         value = self.value
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.fail("expected a number")
-        number = float(value)  # type: ignore[arg-type]
-        if not math.isfinite(number):
-            self.fail("expected a finite number")
-        return number
+        if not abs(value) <= LARGEST:  # type: ignore[arg-type]  # so that a NaN fails
+            self.fail(f"expected a finite number, at most {LARGEST:,}")
+        return float(value)  # type: ignore[arg-type]
 
     def _join(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key

@@ -9,8 +9,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from cai_scale.constitution import Constitution
+from cai_scale.errors import ConfigError
 from cai_scale.records import Score
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
@@ -63,7 +65,17 @@ class LexiconCritic:
                     node = self._root
                     for token in tokenise(term):
                         node = node.children.setdefault(token, _TrieNode())
+                    if node.entry not in (None, index):
+                        self._collision(term, index, node.entry)
                     node.entry = index
+
+    def _collision(self, term: str, *indices: int | None) -> NoReturn:
+        lists = (self._lists[index] for index in indices if index is not None)
+        places = " and in ".join(f"{principle}/{item.id}" for principle, item in lists)
+        raise ConfigError(
+            f"constitution {self.constitution.name}: the term {term!r} stands in {places}, "
+            f"perhaps in another spelling; keep it in one list"
+        )
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
         """Score each response; `prompts` are not read. None for a response without text."""

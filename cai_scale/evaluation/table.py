@@ -29,7 +29,9 @@ def rows(comparison: Mapping[str, Any], constitution: Constitution) -> list[tupl
 
 def print_summary(summary: Mapping[str, Any], constitution: Constitution) -> None:
     """Print the comparison, the slices, and the wins."""
-    table = Table(title=f"{summary['method']} on {summary['model']}, {summary['n']} prompts")
+    table = Table(
+        title=escape(f"{summary['method']} on {summary['model']}, {summary['n']} prompts")
+    )
     for column in ("", "before", "after", "Δ", "Δ %", "95 % interval of Δ"):
         table.add_column(column, justify="right" if column else "left")
     *principles, overall = rows(summary, constitution)
@@ -39,10 +41,13 @@ def print_summary(summary: Mapping[str, Any], constitution: Constitution) -> Non
     table.add_row(*map(escape, overall), style="bold")
     for language, part in summary["slices"].items():
         title, *figures = rows(part, constitution)[-1]
-        table.add_row(f"{title}, {language} (n = {part['n']})", *map(escape, figures))
+        row = (f"{title}, {language} (n = {part['n']})", *figures)
+        table.add_row(*map(escape, row))
     console = Console(width=100)
     console.print(table)
-    n = summary["n"]
+    n, scored = summary["n"], summary["scored"]
+    if scored < n:
+        console.print(f"means over {scored} prompts: {n - scored} have an empty answer")
     shares = "   ".join(
         f"{name} {summary[key]} ({summary[key] / n:.0%})"
         for name, key in (("wins", "win"), ("losses", "loss"), ("ties", "tie"))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cai_scale.errors import GateError
-from cai_scale.preferences.pairs import Candidate, Pair
+from cai_scale.records import Candidate, Pair
 
 
 def audit(pairs: Sequence[Pair], account: dict[str, Any]) -> dict[str, Any]:
@@ -40,8 +40,9 @@ def require_enough(pairs: Sequence[Pair], minimum: int, figures: dict[str, Any])
     if len(pairs) < minimum:
         raise GateError(
             f"{len(pairs)} pairs from {figures['prompts']} prompts, under the batch size "
-            f"{minimum}; lower --margin or --batch_size, raise --samples, or bring more prompts "
-            f"(dropped: {figures['dropped']}, unpaired: {figures['unpaired']})"
+            f"{minimum}; start again with --overwrite and a lower --margin or --batch_size, more "
+            f"--samples, or more prompts (dropped: {figures['dropped']}, unpaired: "
+            f"{figures['unpaired']})"
         )
 
 

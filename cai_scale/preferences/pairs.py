@@ -2,32 +2,10 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cai_scale.records import Message, Prompt, Response, Score, read_jsonl
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """An answer as it stands in a pair."""
-
-    text: str
-    score: float
-    temperature: float
-    revised: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two answers to one prompt, the chosen scored higher than the rejected."""
-
-    prompt_id: str
-    language: str
-    messages: tuple[Message, ...]
-    chosen: Candidate
-    rejected: Candidate
+from cai_scale.records import Candidate, Pair, Prompt, Response, Score, read_records
 
 
 def build_pairs(
@@ -88,16 +66,16 @@ def build_pairs(
 
 def read_pairs(path: Path) -> list[Pair]:
     """The pairs of a file that `records.write_jsonl` wrote."""
-    return [
-        Pair(
+    return read_records(
+        path,
+        lambda record: Pair(
             prompt_id=record["prompt_id"],
             language=record["language"],
             messages=tuple(record["messages"]),
             chosen=Candidate(**record["chosen"]),
             rejected=Candidate(**record["rejected"]),
-        )
-        for _, record in read_jsonl(path)
-    ]
+        ),
+    )
 
 
 def _candidate(response: Response, score: Score) -> Candidate:

@@ -1,5 +1,5 @@
 """Prompts: the two bundled sets, and the files and datasets that users bring."""
 
-from cai_scale.prompts.load import HELDOUT, TRAIN, check, load
+from cai_scale.prompts.load import HELDOUT, TRAIN, load
 
-__all__ = ["HELDOUT", "TRAIN", "check", "load"]
+__all__ = ["HELDOUT", "TRAIN", "load"]

@@ -42,22 +42,17 @@ def load(source: str) -> list[Prompt]:
     return prompts
 
 
-def check(source: str) -> None:
-    """Complain about a missing file before anything is loaded; see `load` for the errors."""
-    if source not in (TRAIN, HELDOUT) and _is_file_name(source) and not Path(source).is_file():
-        raise MissingError(
-            f"prompts file {source} does not exist; name a .jsonl, .csv or .parquet file"
-        )
-
-
 def _rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if source in (TRAIN, HELDOUT):
         path = resources.files("cai_scale.prompts").joinpath(f"{source}.jsonl")
         with resources.as_file(path) as file:
             yield from read_jsonl(file)
         return
-    check(source)
     path = Path(source)
+    if _is_file_name(source) and not path.is_file():
+        raise MissingError(
+            f"prompts file {source} does not exist; name a .jsonl, .csv or .parquet file"
+        )
     if path.suffix == ".jsonl":
         yield from read_jsonl(path)
     elif path.suffix == ".csv":
@@ -72,8 +67,9 @@ def _rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _is_file_name(source: str) -> bool:
-    path = Path(source)
-    return path.exists() or bool(path.suffix) or source.count("/") != 1 or source[0] in "./~"
+    if Path(source).exists() or Path(source).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        return True
+    return source.count("/") != 1 or source.startswith((".", "/", "~"))
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -124,7 +120,9 @@ def _prompt(source: str, row: int, record: dict[str, Any]) -> Prompt:
     for column, value in (("language", language), ("category", category)):
         if not isinstance(value, str):
             _fail(source, row, column, value, "expected text")
+        _readable(source, row, column, value)
     identity = record.get("id")
+    _readable(source, row, "id", str(identity))
     if identity is None:
         digest = hashlib.sha256(canonical(messages).encode("utf-8", "surrogatepass"))
         identity = f"{row}-{digest.hexdigest()[:8]}"
@@ -150,13 +148,17 @@ def _text(source: str, row: int, column: str, value: Any) -> str:
         _fail(source, row, column, value, "expected a text that is not empty")
     if len(value) > MAX_CHARACTERS:
         _fail(source, row, column, value, f"longer than {MAX_CHARACTERS} characters; shorten it")
+    _readable(source, row, column, value)
+    return str(value)
+
+
+def _readable(source: str, row: int, column: str, value: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         _fail(source, row, column, value, f"lone surrogate at character {error.start}; remove it")
     if "\0" in value:
         _fail(source, row, column, value, "holds a NUL character; remove it")
-    return str(value)
 
 
 def _fail(source: str, row: int, column: str, value: object, expected: str) -> None:

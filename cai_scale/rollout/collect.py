@@ -17,9 +17,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cai_scale.records import Prompt, Response, canonical, read_jsonl, write_jsonl
+from cai_scale.errors import DataError
+from cai_scale.ranks import Ranks, wait_for
+from cai_scale.records import Prompt, Response, canonical, read_jsonl, read_records, write_jsonl
 from cai_scale.rollout.sampler import Request, Sampler, batches_of, cut
-from cai_scale.training.ranks import Ranks, main_makes
 
 Key = tuple[str, int]
 
@@ -66,11 +67,13 @@ def collect(
         parts.mkdir(parents=True, exist_ok=True)
         batches = cut(sampler, requests, batch_size)
         _work(sampler, batches, product, parts, ranks, title)
-        wanted = [(r.prompt_id, r.sample) for r in requests]
-        main_makes(ranks, product, lambda: _join(parts, wanted, product))
-    else:
-        main_makes(ranks, product, lambda: None)
-    return [Response(**record) for _, record in read_jsonl(product)]
+        if ranks.main:
+            _join(parts, [(r.prompt_id, r.sample) for r in requests], product)
+        wait_for(product)
+    responses = read_records(product, lambda record: Response(**record))
+    if [(r.prompt_id, r.sample) for r in responses] != [(r.prompt_id, r.sample) for r in requests]:
+        raise DataError(f"{product} does not hold the answers that were asked for; remove it")
+    return responses
 
 
 def _work(
@@ -127,10 +130,10 @@ def _progress(ranks: Ranks) -> Progress:
 
 def _join(parts: Path, wanted: Sequence[Key], product: Path) -> None:
     """Wait until every wanted answer is there, then write them in one file, in order."""
-    while not all(key in (answers := _read_parts(parts)) for key in wanted):
+    while not (answers := _read_parts(parts)).keys() >= set(wanted):
         time.sleep(1.0)
     write_jsonl(product, (answers[key] for key in wanted))
-    shutil.rmtree(parts)
+    shutil.rmtree(parts, ignore_errors=True)
 
 
 def _read_parts(parts: Path) -> dict[Key, dict[str, object]]:

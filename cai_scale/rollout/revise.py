@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cai_scale.constitution import Constitution
 from cai_scale.critics import Critic
+from cai_scale.ranks import Ranks
 from cai_scale.records import Prompt, Response, Score
 from cai_scale.rollout.collect import collect
 from cai_scale.rollout.sampler import Request, Sampler
-from cai_scale.training.ranks import Ranks
 
 _WORD = re.compile(r"\w+")
 # The random numbers of a revision are those of a sample that no rollout asks for.

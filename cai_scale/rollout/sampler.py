@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from cai_scale.records import Message
+from cai_scale.records import Completion, Message
 from cai_scale.runtime.sampling import choose, uniforms
 
 if TYPE_CHECKING:
@@ -24,15 +24,6 @@ class Request:
     round: int = 0
     seed: int = 0
     temperature: float = 1.0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The sampled text, how many tokens it took, and whether the model ended it itself."""
-
-    text: str
-    tokens: int
-    finished: bool
 
 
 class Sampler(Protocol):

@@ -1,6 +1,5 @@
 """The bundle folder: its file names, and the check that it is the one that was exported."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 from cai_scale.constitution import Constitution
 from cai_scale.constitution import from_dict as constitution_from_dict
 from cai_scale.errors import ConfigError, DataError, IntegrityError, MissingError
-from cai_scale.records import read_json
+from cai_scale.records import read_json, sha256
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -54,12 +53,6 @@ class Bundle:
                 f"bundle {self.path} has no variant {name!r}; choose one of: {', '.join(variants)}"
             )
         return self.path / variants[name]
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_bundle(path: Path) -> Bundle:

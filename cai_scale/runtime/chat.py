@@ -1,6 +1,7 @@
 """Chat templates and tokens without transformers."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,14 @@ class Chat:
             value, ensure_ascii=False, indent=indent
         )
         environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = time.strftime
         self._template = environment.from_string((bundle.path / TEMPLATE).read_text("utf-8"))
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a conversation that waits for the assistant's answer."""
+        for message in messages:
+            if any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
+                raise DataError(f"{message['content'][:40]!a}: not Unicode text; write it in UTF-8")
         try:
             text = self._template.render(
                 messages=list(messages), add_generation_prompt=True, **self._special

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cai_scale.cli import Parser
+from cai_scale.commands import Parser, one_line
 from cai_scale.critics.lexicon import LexiconCritic
-from cai_scale.errors import DataError, MissingError, one_line
+from cai_scale.errors import DataError, MissingError
 from cai_scale.records import canonical, read_jsonl
 from cai_scale.runtime.bundle import open_bundle
 

@@ -1,7 +1,6 @@
 """Generate with an exported graph: numpy and onnxruntime."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from cai_scale.errors import DataError
-from cai_scale.records import Message
+from cai_scale.errors import DataError, IntegrityError
+from cai_scale.records import Completion, Message
 from cai_scale.runtime.bundle import CONFIG, GENERATION, Bundle
 from cai_scale.runtime.chat import Chat
 from cai_scale.runtime.sampling import Decoding, choose, top, uniforms
@@ -70,20 +69,22 @@ class Graph:
         }
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A generated text, its length in tokens, and whether the model ended it itself."""
-
-    text: str
-    tokens: int
-    finished: bool
-
-
 class Policy:
     """A bundle's language model."""
 
     def __init__(self, bundle: Bundle, variant: str | None = None) -> None:
-        self.graph = Graph(bundle.graph(variant))
+        graph = bundle.graph(variant)
+        try:
+            self._load(bundle, graph)
+        except Exception as error:  # each reader raises its own kinds
+            reason = " ".join(str(error).split())[:200]
+            raise IntegrityError(
+                f"bundle {bundle.path} cannot be loaded ({type(error).__name__}: {reason}); "
+                f"export it again"
+            ) from None
+
+    def _load(self, bundle: Bundle, graph: Path) -> None:
+        self.graph = Graph(graph)
         self.chat = Chat(bundle)
         settings = bundle.json(GENERATION)
         ends = settings["eos_token_id"]
@@ -104,7 +105,7 @@ class Policy:
         *,
         seed: int = 0,
         ids: Sequence[str] | None = None,
-    ) -> list[Answer]:
+    ) -> list[Completion]:
         """Answer a batch of conversations.
 
         Args:
@@ -118,6 +119,8 @@ class Policy:
         decoding = decoding or self.decoding
         prompts = [self.chat.encode(messages) for messages in conversations]
         for prompt in prompts:
+            if not prompt:
+                raise DataError("the chat template renders nothing; export the bundle again")
             if len(prompt) + decoding.max_new_tokens > self.longest:
                 raise DataError(
                     f"a prompt of {len(prompt)} tokens and an answer of {decoding.max_new_tokens} "
@@ -153,7 +156,7 @@ class Policy:
                 break
         return written
 
-    def _answer(self, tokens: list[int]) -> Answer:
+    def _answer(self, tokens: list[int]) -> Completion:
         finished = tokens[-1] in self.stops
         kept = tokens[:-1] if finished else tokens
-        return Answer(self.chat.decode(kept), len(kept), finished)
+        return Completion(self.chat.decode(kept), len(kept), finished)

@@ -37,7 +37,7 @@ def adapter_shapes(model: "PeftModel") -> Shapes:
     return {
         name.replace(".default.", "."): tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        if ".lora_" in name
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
-from cai_scale.records import canonical
+from cai_scale.records import canonical, read_jsonl, write_jsonl
 
 
 class MetricsLog(TrainerCallback):
@@ -14,6 +14,12 @@ class MetricsLog(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget the steps after the checkpoint from which the training continues."""
+        if state.is_world_process_zero and self.path.exists():
+            records = [record for _, record in read_jsonl(self.path, torn_tail=True)]
+            write_jsonl(self.path, (r for r in records if r["step"] <= state.global_step))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:

@@ -11,6 +11,7 @@ def quiet() -> None:
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and warns
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import transformers
     import transformers.utils.logging
 

@@ -1,15 +1,18 @@
 """Find and load a language model and its tokenizer: a folder, a hub name, or an alias."""
 
-import hashlib
 import importlib.metadata
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cai_scale.errors import ConfigError, IntegrityError, MissingError
+from safetensors import SafetensorError
+
+from cai_scale.errors import ConfigError, DataError, IntegrityError, MissingError
+from cai_scale.records import Prompt, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +26,13 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+# What transformers and safetensors raise at files that are not what they should be.
+LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
+    SafetensorError,
 )
 
 
@@ -113,6 +123,38 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def check_prompts(model: str, prompts: Sequence[Prompt], new_tokens: int) -> None:
+    """Read every prompt as the model will, before the model is loaded.
+
+    Raises:
+        ConfigError: the tokenizer or the template does not work.
+        DataError: a prompt leaves no room for an answer of `new_tokens`.
+    """
+    from jinja2 import TemplateError
+    from transformers import AutoConfig
+
+    room = getattr(_load(AutoConfig, model), "max_position_embeddings", None) or float("inf")
+    tokenizer = load_tokenizer(model)
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"model {model} has no end token; set eos_token in its tokenizer")
+    for prompt in prompts:
+        try:
+            tokens = tokenizer.apply_chat_template(
+                list(prompt.messages), add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        except (TemplateError, *LOADING_ERRORS) as error:
+            raise ConfigError(
+                f"model {model}: its chat template refuses prompt {prompt.id} ({error}); mend one"
+            ) from None
+        if not tokens:
+            raise ConfigError(f"model {model}: its chat template renders nothing; mend it")
+        if len(tokens) + new_tokens > room:
+            raise DataError(
+                f"prompt {prompt.id}: {len(tokens)} tokens and an answer of {new_tokens} exceed "
+                f"the model's {room}; shorten the prompt"
+            )
+
+
 def load_model(model: str, dtype: "torch.dtype") -> "PreTrainedModel":
     """The model in evaluation mode, on this rank's GPU where there is one.
 
@@ -122,7 +164,14 @@ def load_model(model: str, dtype: "torch.dtype") -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    loaded = _load(AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True)
+    loaded, report = _load(
+        AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if report["missing_keys"]:  # transformers would fill them with random numbers
+        raise IntegrityError(
+            f"model {model} lacks weights, {sorted(report['missing_keys'])[0]} among them; "
+            f"restore its files"
+        )
     if not is_deepspeed_zero3_enabled():
         loaded.to(device())
     return loaded.eval()
@@ -143,7 +192,16 @@ def with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     """`model` with a saved LoRA adapter put on top, not merged."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(adapter), is_trainable=False).eval()
+    from cai_scale.training.adapters import adapter_shapes, check_adapter
+
+    check_adapter(adapter)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=False).eval()
+    except LOADING_ERRORS as error:
+        first = str(error).strip().split("\n")[0]
+        raise IntegrityError(f"adapter {adapter} does not fit its model ({first})") from None
+    check_adapter(adapter, adapter_shapes(adapted))
+    return adapted
 
 
 def weights_sha256(model: str) -> dict[str, str]:
@@ -153,25 +211,29 @@ def weights_sha256(model: str) -> dict[str, str]:
     source = resolve(model)
     folder = Path(source)
     if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors"]))
-    return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=["*.safetensors"]))
+        except (OSError, ValueError) as error:
+            raise _unloadable(model, error) from None
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise MissingError(f"model {model} has no .safetensors file; choose one that has")
+    return {file.name: sha256(file) for file in files}
 
 
 def _load(factory: Any, model: str, **options: Any) -> Any:
     try:
         return factory.from_pretrained(resolve(model), trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"model {model} cannot be loaded ({first}); check the name, the folder's files, and "
-            f"the connection to the hub"
-        ) from None
+    except LOADING_ERRORS as error:
+        raise _unloadable(model, error) from None
+
+
+def _unloadable(model: str, error: Exception) -> ConfigError:
+    first = str(error).strip().split("\n")[0] or type(error).__name__
+    return ConfigError(
+        f"model {model} cannot be loaded ({first}); check the name, the folder's files, and the "
+        f"connection to the hub"
+    )
 
 
 def _refuse_pickles(folder: Path) -> None:

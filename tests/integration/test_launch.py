@@ -16,24 +16,24 @@ from processes import ROOT, run_deepspeed, run_python
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.parametrize("stage", [2, 3])
 def test_the_launcher_runs_the_job_on_two_ranks(
-    tmp_path: Path, job: list[str], finished_run: Any
+    tmp_path: Path, job: list[str], finished_run: Any, stage: int
 ) -> None:
-    """Collect, train under ZeRO-2, evaluate: the figures of one process without DeepSpeed."""
-    result = run_deepspeed(
-        2, "launch/train.py", *job, "--ds_config", "zero2.json", "--output", str(tmp_path / "run")
-    )
+    """Collect, train under ZeRO, evaluate: the figures of one process without DeepSpeed."""
+    flags = [*job, "--ds_config", f"zero{stage}.json", "--output", str(tmp_path / "run")]
+    result = run_deepspeed(2, "launch/train.py", *flags)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "2 rank(s) on" in result.stdout
-    assert "DeepSpeed zero2.json" in result.stdout
+    assert f"DeepSpeed zero{stage}.json" in result.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     alone = json.loads(finished_run.summary.read_text())
     for key in ("before", "win", "loss", "tie", "n"):
         assert summary[key] == alone[key]
     assert summary["after"]["overall"] == pytest.approx(alone["after"]["overall"], abs=1e-9)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["world"] == 2
-    assert config["ds_config"]["zero_optimization"]["stage"] == 2
+    assert config["ranks"] == {"world": 2}
+    assert config["ds_config"]["zero_optimization"]["stage"] == stage
     assert len(config["weights"]["model.safetensors"]) == 64
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert page.count("data:image/svg+xml;base64,") == 3

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from cai_scale.preferences.pairs import read_pairs
-from cai_scale.records import write_jsonl
+from cai_scale.prompts import load
+from cai_scale.records import read_jsonl, write_jsonl
 from cai_scale.runs import Run
 from cai_scale.training.adapters import check_adapter
 from processes import run_deepspeed, run_python
@@ -24,10 +25,10 @@ CONFIGS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 
 @pytest.fixture(scope="module")
 def pairs_file(finished_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pairs of the tiny run, repeated to a dozen, so that an epoch has three steps."""
+    """The pairs of the tiny run, repeated to 13: three batches of four, and one left over."""
     pairs = read_pairs(finished_run.round(1).pairs)
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    write_jsonl(path, (pairs * 12)[:12])
+    write_jsonl(path, (pairs * 13)[:13])
     return path
 
 
@@ -133,12 +134,17 @@ def test_two_ranks_roll_out_as_one(one_rank: Path, two_ranks: Path, name: str) -
 def test_one_changed_prompt_breaks_that_equality(
     one_rank: Path, inputs: list[str], pairs_file: Path, tmp_path: Path
 ) -> None:
-    """The control: one prompt with one more word."""
-    prompts = Path(inputs[2]).read_text("utf-8").splitlines()
-    prompts[3] = prompts[3].replace('"prompt": "', '"prompt": "Well, ')
+    """The control: one prompt with one more word, under its old id."""
+    prompts = load(inputs[2])
+    rows = [{"id": p.id, "prompt": p.text, "language": p.language} for p in prompts]
+    rows[3]["prompt"] = "Well, " + rows[3]["prompt"]
     changed = tmp_path / "prompts.jsonl"
-    changed.write_text("\n".join(prompts) + "\n", "utf-8")
+    write_jsonl(changed, rows)
     result = run_python(WORKER, str(tmp_path), *inputs[:2], str(changed), str(pairs_file), "none")
     assert result.returncode == 0, result.stderr
-    files = [Run(p / "none").round(1).rollouts for p in (one_rank, tmp_path)]
-    assert files[0].read_bytes() != files[1].read_bytes()
+    texts = [
+        [record["text"] for _, record in read_jsonl(Run(p / "none").round(1).rollouts)]
+        for p in (one_rank, tmp_path)
+    ]
+    assert len(texts[0]) == len(texts[1])
+    assert texts[0] != texts[1]

@@ -15,11 +15,10 @@ def main() -> None:
 
     from accelerate.state import AcceleratorState, GradientState
 
-    from cai_scale import pipeline
+    from cai_scale import pipeline, ranks
     from cai_scale.config import Config
     from cai_scale.methods import load_method
     from cai_scale.preferences.pairs import read_pairs
-    from cai_scale.training import ranks
 
     pairs = read_pairs(pairs_file)
     for name in configs:
@@ -37,6 +36,7 @@ def main() -> None:
             rollout_batch_size=8,
             margin=0.01,
             batch_size=4,
+            micro_batch_size=2,
             epochs=2.0,
             learning_rate=3e-3,
             lora_r=4,
@@ -53,7 +53,7 @@ def main() -> None:
             precision=job.precision,
             ds_config=job.ds_config,
         )
-        ranks.main_makes(job.ranks, job.run.adapter, lambda: None)
+        ranks.wait_for(job.run.adapter)
     ranks.leave()
 
 

@@ -5,11 +5,13 @@ need it wait for the file: a slow rank then holds up nobody's communication time
 """
 
 import os
+import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cai_scale.errors import ConfigError
 
 POLL_SECONDS = 0.2
 
@@ -32,25 +34,60 @@ def from_environment() -> Ranks:
     """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE, as deepspeed and torchrun set them."""
 
     def number(name: str, default: int) -> int:
-        return int(os.environ.get(name, default))
+        text = os.environ.get(name, str(default))
+        if not text.isdecimal():
+            raise ConfigError(f"{name}={text!r}: expected a number, as a launcher sets it")
+        return int(text)
 
     world = number("WORLD_SIZE", 1)
     local_world = number("LOCAL_SIZE", number("LOCAL_WORLD_SIZE", world))
+    if world < 1 or number("RANK", 0) >= world:
+        raise ConfigError(
+            f"RANK={number('RANK', 0)} of WORLD_SIZE={world}: start the ranks with a launcher"
+        )
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(f"WORLD_SIZE={world} without MASTER_ADDR: start with a launcher")
     return Ranks(number("RANK", 0), world, number("LOCAL_RANK", 0), local_world)
 
 
-def join(ranks: Ranks) -> None:
-    """Share the cores among the local ranks, and form the process group where there are peers."""
+def join(ranks: Ranks, *, deepspeed: bool) -> None:
+    """Share the cores among the local ranks, and form the process group where there are peers.
+
+    Args:
+        deepspeed: whether DeepSpeed will use the group too.
+    """
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, (cores or 1) // ranks.local_world))
     if torch.cuda.is_available():
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"{ranks.local_world} ranks on this machine, and {torch.cuda.device_count()} GPUs; "
+                f"start at most one rank a GPU, with --num_accelerators"
+            )
         torch.cuda.set_device(ranks.local_rank)
+    if deepspeed and ranks.world == 1:
+        # DeepSpeed forms a group even of one, and looks for a launcher's names.
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**alone, "MASTER_PORT": str(_free_port())}.items():
+            os.environ.setdefault(name, value)
     if ranks.world > 1 and not torch.distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, rank=ranks.rank, world_size=ranks.world)
+        if deepspeed:
+            # DeepSpeed keeps a view of its own, and accelerate sets it up only together with the
+            # group: without it, ZeRO-3 loads a model as if this rank were alone.
+            from deepspeed.comm import init_distributed
+
+            init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def leave() -> None:
@@ -72,9 +109,7 @@ def agree(ranks: Ranks, value: Any) -> Any:
     return values[0]
 
 
-def main_makes(ranks: Ranks, product: Path, make: Callable[[], None]) -> None:
-    """Rank 0 makes a file that appears by a rename; the others wait for it."""
-    if ranks.main and not product.exists():
-        make()
+def wait_for(product: Path) -> None:
+    """Wait until another rank has made a file or folder, which appears by a rename."""
     while not product.exists():
         time.sleep(POLL_SECONDS)
