@@ -49,6 +49,16 @@ def refused(folder: Path, *command: str) -> str:
         (["--constitution", "bad.yaml"], ["bad.yaml", "colour"]),
         (["--recipe", "fast.yaml"], ["fast.yaml", "quick.yaml"]),
         (["--output", "file.txt"], ["file.txt", "is a file"]),
+        (["--output", "model", "--overwrite"], ["model", "not a run's"]),
+        (["--output", "x" * 5000], ["File name too long"]),
+        (["--prompts", "x" * 5000 + ".jsonl"], ["File name too long"]),
+        (["--ds_config", ""], ["ds_config"]),
+        (["--seed", str(2**32)], ["--seed", "under 2**32"]),
+        (["--temperatures", "0"], ["--temperatures", "above 0"]),
+        (["--learning_rate", "0"], ["--learning_rate", "above 0"]),
+        (["--batch_size", "400"], ["--batch_size 400 with 310 prompts"]),
+        (["--max_new_tokens", "1020"], ["exceed the model's 1024"]),
+        (["--prompts", "surrogate.jsonl"], ["row 1, column `id`", "surrogate"]),
         (["--output", "/proc/run"], ["/proc/run", "cannot be created"]),
         (["--output", "other"], ["other", "not a run's"]),
         (["--resume"], ["no unfinished run", "runs/"]),
@@ -62,12 +72,62 @@ def test_the_main_job_refuses(
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": 7}\n')
     (tmp_path / "bad.yaml").write_text("schema: 1\ncolour: red\n")
+    (tmp_path / "surrogate.jsonl").write_text('{"prompt": "x", "id": "\\ud800"}\n')
     (tmp_path / "file.txt").touch()
+    shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
     line = refused(tmp_path, *TRAIN, "--model", str(tiny_model), *flags)
     for word in said:
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("chat_template.jinja", "{% for %}", "chat template refuses"),
+        ("chat_template.jinja", "{{ raise_exception('no') }}", "chat template refuses"),
+        ("chat_template.jinja", "{{ '' }}", "chat template renders nothing"),
+        ("tokenizer.json", "{}", "cannot be loaded"),
+        ("config.json", "[]", "cannot be loaded"),
+    ],
+)
+def test_a_broken_model_folder_is_found_before_the_run_starts(
+    tmp_path: Path, tiny_model: Path, name: str, content: str, said: str
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / name).write_text(content)
+    assert said in refused(tmp_path, *TRAIN, "--model", "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", "{}", "not a run's"),
+        ("rounds/1/pairs.jsonl", '{"prompt_id": "x"}\n', "row 1: not as it was written"),
+        ("evaluation/before.jsonl", "", "does not hold the answers"),
+    ],
+)
+def test_a_damaged_run_is_not_continued(
+    tmp_path: Path, finished_run: Any, job: list[str], name: str, content: str, said: str
+) -> None:
+    run = copy_run(finished_run, tmp_path / "run")
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "adapter")
+    (run / name).write_text(content)
+    result = run_python(*TRAIN, *job, "--output", str(run))
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert said in result.stderr.strip().splitlines()[-1]
+    assert not (run / "summary.json").exists()
+
+
+def test_deepspeed_without_its_launcher_is_one_rank(tmp_path: Path, job: list[str]) -> None:
+    flags = [*job, "--ds_config", "zero1.json", "--output", str(tmp_path / "run")]
+    result = run_python(*TRAIN, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "1 rank(s)" in result.stdout
+    assert (tmp_path / "run" / "summary.json").is_file()
 
 
 def test_a_finished_run_is_kept_unless_overwritten(

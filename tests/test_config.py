@@ -113,6 +113,17 @@ def test_unknown_or_malformed_ds_configs(tmp_path: Path) -> None:
     bad.write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
         config.read_ds_config(str(bad))
+    for content, said in (
+        ('{"zero_optimization": [2]}', "expected an object with a stage"),
+        ('{"zero_optimization": {"stage": 9}}', "expected an object with a stage"),
+        ('{"zero_optimisation": {"stage": 2}}', "expected an object with a stage"),
+        ('{"gradient_clipping": NaN}', "NaN is not a JSON number"),
+        ('{"a":' * 100_000, "is not JSON"),
+        ('{"zero_optimization": {"stage": 1}, "train_batch_size": 3}', "sizes come from"),
+    ):
+        bad.write_text(content)
+        with pytest.raises(ConfigError, match=said):
+            config.read_ds_config(str(bad))
     bad.write_text("[]")
     with pytest.raises(ConfigError, match="expected a JSON object"):
         config.read_ds_config(str(bad))

@@ -108,6 +108,9 @@ def edit(path: str, value: Any) -> dict[str, Any]:
             "principles[0].lexicon.lists[0].terms.en[3]",
         ),
         ("requests/judge", ..., "requests.judge"),
+        ("principles/0/id", "overall", "principles[0].id"),
+        ("principles/0/weight", 10**400, "principles[0].weight"),
+        ("name", "a\ud800", "name"),
     ],
 )
 def test_a_bad_key_is_named(path: str, value: Any, named: str) -> None:
@@ -123,6 +126,14 @@ def test_files_that_cannot_be_read(tmp_path: Any) -> None:
     bad.write_text("name: [", "utf-8")
     with pytest.raises(ConfigError, match="not valid YAML at line"):
         constitution.load(bad)
+    for content, said in (
+        ("name: a\nname: b\n", "the key 'name' stands twice"),
+        ("schema: !!int abc\n", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+    ):
+        bad.write_text(content, "utf-8")
+        with pytest.raises(ConfigError, match=said):
+            constitution.load(bad)
     bad.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="UTF-8"):
         constitution.load(bad)

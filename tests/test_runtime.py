@@ -1,12 +1,14 @@
 """The runtime against torch and transformers: the same text from the same numbers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cai_scale.errors import ConfigError, DataError
+from cai_scale.errors import ConfigError, DataError, IntegrityError
+from cai_scale.records import sha256
 from cai_scale.rollout.sampler import Request, TransformersSampler
 from cai_scale.runtime.bundle import open_bundle
 from cai_scale.runtime.chat import Chat
@@ -102,6 +104,28 @@ def test_transformers_reads_the_bundle_as_a_tokenizer(bundle: Path) -> None:
 def test_a_prompt_that_leaves_no_room_is_refused(policy: Policy) -> None:
     with pytest.raises(DataError, match="exceed the model's 1024"):
         policy.answer([conversation("word " * 2000)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", "{% for %}"),
+        ("generation_config.json", "{}"),
+        ("tokenizer.json", "{}"),
+        ("onnx/model_quantized.onnx", "nothing"),
+    ],
+)
+def test_a_bundle_that_cannot_be_loaded_is_refused(
+    bundle: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    """Changed together with its manifest, so that the hashes agree."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    (copy / name).write_text(content)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"][name] = sha256(copy / name)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match="cannot be loaded"):
+        Policy(open_bundle(copy))
 
 
 def test_an_unknown_variant_lists_those_that_exist(bundle: Path) -> None:
