@@ -28,11 +28,14 @@ def save(model: Any, target: Path) -> None:
     """Write a graph with its weights in a sidecar beside it."""
     import onnx
 
+    sidecar = target.name + WEIGHTS_SUFFIX
     onnx.save(
         model,
         str(target),
         save_as_external_data=True,
-        location=target.name + WEIGHTS_SUFFIX,
+        location=sidecar,
         all_tensors_to_one_file=True,
         size_threshold=1024,
     )
+    # onnx makes the sidecar readable to its owner alone; the graph beside it is not.
+    target.with_name(sidecar).chmod(target.stat().st_mode)

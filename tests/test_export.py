@@ -50,6 +50,8 @@ def test_weights_lie_in_their_sidecar(bundle: Path) -> None:
             if entry.key == "location"
         }
         assert places == {Path(graph).name + "_data"}
+        data = bundle / f"{graph}_data"
+        assert data.stat().st_mode == (bundle / graph).stat().st_mode
 
 
 def test_quantised_products_are_8_bit_and_the_graph_is_smaller(bundle: Path) -> None:
