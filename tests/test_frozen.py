@@ -16,7 +16,7 @@ def test_the_default_lexicon() -> None:
     ]
     text = json.dumps(lexicon, ensure_ascii=False, sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest() == (
-        "3f28fbcf905d4a77dfbb0ce1f11790ac6c9770786866817cb1170bca3d96a0b6"
+        "4879ae21fc46b22d0428d941fcf7b703525570f77133a518c303dd028a587c82"
     )
 
 

@@ -66,6 +66,14 @@ def test_whole_words_only(critic: LexiconCritic) -> None:
     assert critic.occurrences("maybe") == {("honest", "hedges", "maybe"): 1}
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["phim bom tấn", "đau dạ dày", "bình thường", "đơn xin việc", "a heart attack", "celery stalk"],
+)
+def test_false_friends_are_no_terms(critic: LexiconCritic, text: str) -> None:
+    assert critic.occurrences(text) == {}
+
+
 def test_longest_match_wins_and_matches_do_not_overlap(critic: LexiconCritic) -> None:
     # "no doubt" inside "without a doubt"; "luôn" inside "luôn luôn"
     assert critic.occurrences("without a doubt") == {("honest", "absolutes", "without a doubt"): 1}
