@@ -11,6 +11,7 @@ from cai_scale.training import models
 from cai_scale.training.adapters import check_adapter
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_DELTA = 1e-3  # of a logit, adapted against merged, in fp32
@@ -67,7 +68,7 @@ def merge(run: Run, sequences: Sequence[Sequence[int]]) -> Merged:
     return Merged(merged, models.load_tokenizer(name), delta)
 
 
-def _logits(model: "PreTrainedModel", sequence: Sequence[int]) -> "torch.Tensor":  # type: ignore[name-defined]  # noqa: F821
+def _logits(model: "PreTrainedModel", sequence: Sequence[int]) -> "torch.Tensor":
     import torch
 
     with torch.inference_mode():

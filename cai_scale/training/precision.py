@@ -1,8 +1,12 @@
 """Which number format a machine trains in, and why."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cai_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 NAMES = ("auto", "bf16", "fp16", "fp32")
 
@@ -15,7 +19,7 @@ class Precision:
     reason: str
 
     @property
-    def dtype(self) -> "torch.dtype":  # type: ignore[name-defined]  # noqa: F821
+    def dtype(self) -> "torch.dtype":
         import torch
 
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.name]
