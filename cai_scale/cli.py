@@ -139,9 +139,9 @@ def _generate(arguments: Sequence[str]) -> int:
 
 
 def _score(arguments: Sequence[str]) -> int:
-    from cai_scale.runtime import cli
+    from cai_scale.runtime.score import score
 
-    return cli.score(arguments)
+    return score(arguments)
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {

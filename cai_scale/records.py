@@ -96,6 +96,23 @@ def canonical(record: object) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
+def parse_object(content: bytes) -> dict[str, Any]:
+    """The JSON object that `content` holds.
+
+    Raises:
+        DataError: it is not UTF-8 or not a JSON object; the caller says where it stands.
+    """
+    try:
+        value = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON ({error}); mend it") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{type(value).__name__}, expected an object")
+    return value
+
+
 def read_jsonl(path: Path, *, torn_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, object) for every line that is not blank.
 
@@ -116,15 +133,9 @@ def read_jsonl(path: Path, *, torn_tail: bool = False) -> Iterator[tuple[int, di
             if not raw.strip():
                 continue
             try:
-                value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}: row {row}: not UTF-8 at byte {error.start}; save the file as UTF-8"
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}: row {row}: not JSON ({error}); mend that row") from None
-            if not isinstance(value, dict):
-                raise DataError(f"{path}: row {row}: {type(value).__name__}, expected an object")
+                value = parse_object(raw)
+            except DataError as error:
+                raise DataError(f"{path}: row {row}: {error}") from None
             yield row, value
 
 

@@ -2,16 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from cai_scale.commands import Parser, one_line
-from cai_scale.critics.lexicon import LexiconCritic
-from cai_scale.errors import DataError, MissingError
-from cai_scale.records import canonical, read_jsonl
 from cai_scale.runtime.bundle import open_bundle
+from cai_scale.runtime.score import score
 
 
 @one_line
@@ -20,34 +17,14 @@ def score_main(arguments: Sequence[str] | None = None) -> int:
     return score(arguments, prog="cai-score")
 
 
-def score(arguments: Sequence[str] | None, prog: str = "cai-scale score") -> int:
-    """Print one JSON object per response: principles, overall, the constitution's hash."""
-    parser = _parser(prog, "Score an answer with a bundle's constitution.")
-    parser.add_argument("--prompt", help="what was asked")
-    parser.add_argument("--response", help="the answer to score")
-    parser.add_argument("--input", help="a JSONL file with prompt and response; - reads stdin")
-    options = parser.parse_args(arguments)
-    if options.input is None and options.response is None:
-        parser.error("give --prompt and --response, or --input FILE")
-    if options.input is not None and options.response is not None:
-        parser.error("give --response or --input, not both")
-    constitution = open_bundle(options.bundle).constitution
-    critic = LexiconCritic(constitution)
-    for prompt, response in _scored(options):
-        verdict = critic.score([prompt], [response])[0]
-        # An empty response has no score.
-        result: dict[str, Any] = {
-            "principles": dict(verdict.principles) if verdict else None,
-            "overall": verdict.overall if verdict else None,
-            "constitution": constitution.sha256,
-        }
-        print(canonical(result), flush=True)
-    return 0
-
-
 def generate(arguments: Sequence[str] | None) -> int:
     """Print the answer to each prompt."""
-    parser = _parser("cai-scale generate", "Answer prompts with a bundle's model.")
+    parser = Parser(
+        prog="cai-scale generate",
+        description="Answer prompts with a bundle's model.",
+        allow_abbrev=False,
+    )
+    parser.add_bundle()
     parser.add_argument(
         "--prompt", action="append", required=True, help="a question; may be given several times"
     )
@@ -60,7 +37,7 @@ def generate(arguments: Sequence[str] | None) -> int:
     options = parser.parse_args(arguments)
     from cai_scale.runtime.generate import Policy
 
-    policy = Policy(open_bundle(options.bundle), options.variant)
+    policy = Policy(open_bundle(options.bundle, options.expect_sha256), options.variant)
     given = {
         key: getattr(options, key)
         for key in ("max_new_tokens", "temperature")
@@ -71,29 +48,6 @@ def generate(arguments: Sequence[str] | None) -> int:
     for answer in policy.answer(conversations, decoding, seed=options.seed):
         print(answer.text)
     return 0
-
-
-def _parser(prog: str, description: str) -> Parser:
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--bundle", type=Path, required=True, help="a folder that cai-export wrote")
-    return parser
-
-
-def _scored(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    if options.input is None:
-        yield options.prompt or "", options.response
-        return
-    path = Path("/dev/stdin" if options.input == "-" else options.input)
-    if options.input != "-" and not path.is_file():
-        raise MissingError(f"input {path} does not exist; name a JSONL file, or - for stdin")
-    for row, record in read_jsonl(path):
-        for column in ("prompt", "response"):
-            if not isinstance(record.get(column), str):
-                raise DataError(
-                    f"{options.input}: row {row}, column `{column}`: {record.get(column)!r}: "
-                    f"expected a text"
-                )
-        yield record["prompt"], record["response"]
 
 
 def _positive(kind: type, *, zero: bool = False) -> Any:
