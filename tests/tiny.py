@@ -102,6 +102,10 @@ def _save(folder: Path, config: Any, shape: Any, *, seed: int, template: bool = 
             **shape,
         )
     )
+    with torch.no_grad():  # transformers starts them at zero, and a zero bias is optimised away
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
