@@ -62,6 +62,7 @@ def write_model_files(folder: Path, merged: "Merged", default: str) -> None:
     # The class that every version of transformers knows; the template in both of its places.
     described["tokenizer_class"] = "PreTrainedTokenizerFast"
     described["chat_template"] = tokenizer.chat_template
+    described["model_input_names"] = ["input_ids", "attention_mask"]  # the graph takes no others
     for key in ("backend", "is_local", "local_files_only", "name_or_path"):
         described.pop(key, None)
     write_json(folder / layout.TOKENIZER_CONFIG, described)

@@ -59,12 +59,8 @@ def _split_gemms(model: "onnx_ir.Model") -> None:
         left, right, *bias = gemm.inputs
         nodes = [onnx_ir.node("MatMul", [left, right], name=gemm.name)]
         if bias:
-            nodes.append(
-                onnx_ir.node("Add", [*nodes[0].outputs, *bias], name=f"{gemm.name}_bias")
-            )
-        replace_nodes_and_values(
-            model.graph, gemm, [gemm], nodes, gemm.outputs, nodes[-1].outputs
-        )
+            nodes.append(onnx_ir.node("Add", [*nodes[0].outputs, *bias], name=f"{gemm.name}_bias"))
+        replace_nodes_and_values(model.graph, gemm, [gemm], nodes, gemm.outputs, nodes[-1].outputs)
 
 
 def _forget_symbols(model: "onnx_ir.Model") -> None:
