@@ -92,7 +92,7 @@ def export(run: runs.Run, folder: Path) -> str:
             "q8": check_close(q8, merged.model, sequences, "q8"),
         }
     _report(parity)
-    write_model_files(folder, merged)
+    write_model_files(folder, merged, default="q8")
     write_json(folder / layout.CONSTITUTION, constitution.data)
     write_json(folder / layout.PARITY, parity)
     write_card(folder, run, constitution, parity)

@@ -18,6 +18,7 @@ MANIFEST = "manifest.json"
 README = "README.md"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+GENAI = "genai_config.json"  # how onnxruntime-genai reads the graph; ours does not need it
 CONSTITUTION = "constitution.json"
 PARITY = "parity.json"
 TOKENIZER = "tokenizer.json"
