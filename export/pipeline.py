@@ -1,5 +1,6 @@
 """The stages of an export, in order; the only place where they meet."""
 
+import gc
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +20,6 @@ from cai_scale.training.logs import quiet
 from .parity import MAX_DELTA, MIN_TOKENS, Bounds, Reference, check_answers, greedy_answer
 
 if TYPE_CHECKING:
-    import onnx_ir
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .variants import Variant
@@ -41,7 +41,7 @@ def export(run: runs.Run, folder: Path, names: Sequence[str], bounds: Bounds) ->
 
     from .bundle import write_card, write_manifest, write_model_files
     from .merge import check_run, merge
-    from .variants import choose, compare, write
+    from .variants import choose, compare, derive
 
     constitution = constitutions.from_dict(read_json(run.constitution), str(run.constitution))
     asked = [prompt.text for prompt in prompts.load(prompts.HELDOUT)]
@@ -51,17 +51,17 @@ def export(run: runs.Run, folder: Path, names: Sequence[str], bounds: Bounds) ->
         status.update("merging the adapter")
         merged = merge(run, sequences[:MERGE_SEQUENCES])
         status.update("tracing the graph (a minute or less)")
-        graphs = _graphs(merged.model)
         (folder / "onnx").mkdir()
-        files = {"fp32": write(folder, "fp32", graphs)}
+        files = {"fp32": _write_fp32(folder, merged.model)}
         status.update("asking the trained model")
         reference = Reference(Path(aside), merged.model, sequences)
         answer = greedy_answer(merged.model, merged.tokenizer, asked[-1])
-        merged.model.to("meta")  # frees its memory; its weights are on disk by now
+        merged.model.to("meta")  # its weights are on disk by now
+        gc.collect()  # and what tracing left behind
         for name in dict.fromkeys(names):
             if name != "fp32":
                 status.update(f"writing {name}")
-                files[name] = write(folder, name, graphs)
+                files[name] = derive(folder, name, files["fp32"])
         found = []
         for name, written in files.items():
             status.update(f"comparing {name} with the trained model")
@@ -90,11 +90,12 @@ def export(run: runs.Run, folder: Path, names: Sequence[str], bounds: Bounds) ->
     return digest
 
 
-def _graphs(model: "PreTrainedModel") -> "dict[str, onnx_ir.Model]":
+def _write_fp32(folder: Path, model: "PreTrainedModel") -> dict[str, str]:
     """The contract graph and, where onnxruntime-genai's builder can make one, the fused one."""
     from .fuse import fuse
     from .graph import trace
     from .normalise import normalise
+    from .variants import write
 
     graphs = {"graph": normalise(trace(model))}
     fused = fuse(model)
@@ -102,7 +103,7 @@ def _graphs(model: "PreTrainedModel") -> "dict[str, onnx_ir.Model]":
         print(f"no fused graph: onnxruntime-genai has none for {type(model).__name__} as it is")
     else:
         graphs["fused"] = fused
-    return graphs
+    return write(folder, "fp32", graphs)
 
 
 def _sequences(run: runs.Run, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> list[list[int]]:

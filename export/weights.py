@@ -18,7 +18,7 @@ def save(models: Mapping[Path, "onnx_ir.Model"]) -> None:
     """Write graphs of one folder; the first one's name is the sidecar's.
 
     Tensors of equal bytes are written once, whichever graphs they stand in and in whatever shape.
-    Afterwards the models read their weights from the sidecar, and hold no memory.
+    Afterwards the models have their weights there.
     """
     import onnx_ir
 
