@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,10 @@ def write_model_files(folder: Path, merged: "Merged", default: str) -> None:
         "eos_token_id": tokenizer.eos_token_id if ends is None else ends,
         "pad_token_id": tokenizer.pad_token_id,
         "do_sample": True,
-        **asdict(DECODING),
+        "temperature": DECODING.temperature,
+        "top_p": DECODING.top_p,
+        "top_k": DECODING.top_k,
+        "max_new_tokens": DECODING.max_new_tokens,
     }
     write_json(folder / layout.GENERATION, settings)
     graph = folder / layout.GRAPHS[default]
