@@ -155,8 +155,12 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write indented JSON; the file appears whole or not at all."""
     with replacing(path) as file:
-        json.dump(value, file, ensure_ascii=False, allow_nan=False, indent=2)
-        file.write("\n")
+        file.write(json_text(value))
+
+
+def json_text(value: object) -> str:
+    """Indented JSON, as files hold it: readable Unicode, no NaN."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:

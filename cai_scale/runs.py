@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ class Round:
         """The revisions of the Nth try, N from 1."""
         return self.path / ("revisions.jsonl" if attempt == 1 else f"revisions-{attempt}.jsonl")
 
+    def all_revisions(self) -> tuple[Path, ...]:
+        """The revisions of every try, as far as they exist, in order."""
+        return tuple(takewhile(Path.exists, (self.revisions(n) for n in count(1))))
+
     @property
     def pairs(self) -> Path:
         return self.path / "pairs.jsonl"
@@ -52,6 +57,10 @@ class Run:
     @property
     def constitution(self) -> Path:
         return self.path / "constitution.json"
+
+    def prompts(self, kind: str) -> Path:
+        """The run's own copy of its prompts; `kind` is "train" or "heldout"."""
+        return self.path / "prompts" / f"{kind}.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -80,6 +89,20 @@ class Run:
     @property
     def bundle(self) -> Path:
         return self.path / "bundle"
+
+    @property
+    def chain(self) -> Path:
+        """What each stage read and wrote, by SHA-256: see `chain.py`."""
+        return self.path / "chain.json"
+
+    @property
+    def exports(self) -> Path:
+        """The SHA-256 of the manifest of each bundle made from the run, as `sha256sum` reads it."""
+        return self.path / "exports.sha256"
+
+    def name_of(self, file: Path) -> str:
+        """A file's name within the run."""
+        return file.relative_to(self.path).as_posix()
 
     @property
     def finished(self) -> bool:

@@ -6,21 +6,15 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING
 
 from cai_scale.errors import DataError
 from cai_scale.ranks import Ranks, wait_for
 from cai_scale.records import Prompt, Response, canonical, read_jsonl, read_records, write_jsonl
 from cai_scale.rollout.sampler import Request, Sampler, cut
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Key = tuple[str, int]
 
@@ -115,7 +109,17 @@ def _work(
             progress.update(task, advance=len(batch), rate=f"{tokens / elapsed:.0f} tokens/s")
 
 
-def _progress(ranks: Ranks) -> Progress:
+def _progress(ranks: Ranks) -> "Progress":
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
