@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cai_scale.errors import DataError
 from cai_scale.records import json_text, read_json, replacing, sha256, write_json
 from cai_scale.runs import Run
 
@@ -49,19 +50,44 @@ def stages(run: Run) -> dict[str, Stage]:
 
 def digests(run: Run, paths: Iterable[Path]) -> dict[str, str]:
     """The SHA-256 of files, and of all files in folders, by their names within the run."""
-    return {run.name_of(file): sha256(file) for path in paths for file in files_under(path)}
+    return {run.name_of(file): sha256(file) for file in files_of(paths)}
 
 
-def files_under(path: Path) -> list[Path]:
-    """The file itself, or all files in a folder; none where neither exists."""
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    return [path] if path.is_file() else []
+def files_of(paths: Iterable[Path]) -> list[Path]:
+    """The files among the paths, and all files in the folders among them."""
+    found: list[Path] = []
+    for path in paths:
+        found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [path for path in found if path.is_file()]
 
 
 def read(run: Run) -> dict[str, Any]:
-    """What is recorded so far: stage → {"read": {name: SHA-256}, "wrote": {name: SHA-256}}."""
-    return read_json(run.chain)["stages"] if run.chain.is_file() else {}
+    """What is recorded so far: stage → {"read": {name: SHA-256}, "wrote": {name: SHA-256}}.
+
+    Raises:
+        DataError: the file is not as it was written.
+    """
+    if not run.chain.is_file():
+        return {}
+    stages = read_json(run.chain).get("stages")
+    if not isinstance(stages, dict) or not all(map(_is_record, stages.values())):
+        raise DataError(f"{run.chain} is not as it was written; restore the file")
+    return stages
+
+
+def _is_record(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"read", "wrote"}
+        and all(isinstance(part, dict) for part in value.values())
+    )
+
+
+def removed(run: Run, wrote: Iterable[str]) -> set[str]:
+    """Checkpoints, where their folder is gone: they are working state that may be removed."""
+    if run.checkpoints.is_dir():
+        return set()
+    return {name for name in wrote if name.startswith(f"{run.name_of(run.checkpoints)}/")}
 
 
 @contextmanager
@@ -72,7 +98,7 @@ def recording(run: Run, name: str) -> Iterator[None]:
     what was done to them since must show.
     """
     earlier = read(run).get(name)
-    if earlier and all((run.path / file).exists() for file in earlier["wrote"]):
+    if earlier and _there(run, earlier["wrote"]):
         yield
         return
     was_read = digests(run, stages(run)[name].reads)
@@ -99,6 +125,10 @@ def finish(run: Run, summary: Mapping[str, Any]) -> str:
     with replacing(run.summary) as file:
         file.write(text)
     return sha256(run.chain)
+
+
+def _there(run: Run, wrote: Iterable[str]) -> bool:
+    return all((run.path / name).exists() for name in {*wrote} - removed(run, wrote))
 
 
 def _add(run: Run, links: Mapping[str, Any]) -> None:

@@ -91,6 +91,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksums(digests: Mapping[str, str]) -> str:
+    """The text of a file of SHA-256s by name, as `sha256sum --check` reads it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+
+
 def canonical(record: object) -> str:
     """One line of JSON: readable Unicode, no NaN."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False)

@@ -3,6 +3,8 @@
 import contextlib
 import importlib.metadata
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_scale.errors import ConfigError, DataError, MissingError
-from cai_scale.records import read_json, write_json
+from cai_scale.records import checksums, read_json, replacing, write_json
 
 SCHEMA = 1
 ROOT = Path("runs")
@@ -99,6 +101,29 @@ class Run:
     def exports(self) -> Path:
         """The SHA-256 of the manifest of each bundle made from the run, as `sha256sum` reads it."""
         return self.path / "exports.sha256"
+
+    def exported(self) -> dict[str, str]:
+        """The content of `exports`: the name of a manifest, from the run → its SHA-256.
+
+        Raises:
+            DataError: the file is not as it was written.
+        """
+        text = self.exports.read_text("utf-8") if self.exports.is_file() else ""
+        found = re.findall(r"^([0-9a-f]{64})  (.+)\n", text, re.MULTILINE)
+        kept = {name: digest for digest, name in found}
+        if checksums(kept) != text:
+            raise DataError(f"{self.exports} is not as it was written; remove it and export again")
+        return kept
+
+    def keep_export(self, manifest: Path, digest: str) -> None:
+        """Keep the SHA-256 of a bundle's manifest; a bundle made anew takes the place of the old.
+
+        The run's own hashes do not cover this file, which is written after the run is finished.
+        """
+        name = Path(os.path.relpath(manifest, self.path)).as_posix()
+        kept = {**self.exported(), name: digest}
+        with replacing(self.exports) as file:
+            file.write(checksums(kept))
 
     def name_of(self, file: Path) -> str:
         """A file's name within the run."""

@@ -65,9 +65,13 @@ def collect(
             _join(parts, [(r.prompt_id, r.sample) for r in requests], product)
         wait_for(product)
     responses = read_records(product, lambda record: Response(**record))
-    if [(r.prompt_id, r.sample) for r in responses] != [(r.prompt_id, r.sample) for r in requests]:
+    if [_asked(response) for response in responses] != [_asked(request) for request in requests]:
         raise DataError(f"{product} does not hold the answers that were asked for; remove it")
     return responses
+
+
+def _asked(one: Request | Response) -> tuple[str, int, int, float]:
+    return one.prompt_id, one.sample, one.round, one.temperature
 
 
 def _work(

@@ -13,6 +13,7 @@ from cai_scale.records import read_json, sha256
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"  # beside it, as sha256sum reads it
 README = "README.md"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
