@@ -300,8 +300,7 @@ def _other_files(run: Run, recorded: dict[str, Any]) -> str:
     known = {file for link in recorded.values() for file in link["wrote"]}
     known |= {run.name_of(path) for path in (run.chain, run.exports)}
     bundles = {folder.name for folder in _bundles(run)}
-    for file in chain.files_of([run.path]):
-        name = run.name_of(file)
+    for name in _names(run.path):
         if name not in known and name.split("/")[0] not in bundles:
             raise GateError(f"{name} is none of the run's files; move it elsewhere")
     return "none"
@@ -340,9 +339,9 @@ def _bundle_files(path: Path) -> str:
     for name in (layout.PARITY, layout.README):
         if name not in listed:
             raise GateError(f"{layout.MANIFEST} does not list {name}")
-    here = {file.relative_to(path).as_posix() for file in chain.files_of([path])}
-    for name in sorted(here - listed - {layout.MANIFEST, layout.MANIFEST_DIGEST}):
-        raise GateError(f"{name} is not in {layout.MANIFEST}; move it elsewhere")
+    for name in _names(path):
+        if name not in {*listed, layout.MANIFEST, layout.MANIFEST_DIGEST}:
+            raise GateError(f"{name} is not in {layout.MANIFEST}; move it elsewhere")
     return f"{_files(len(listed))} as exported, constitution, parity report and model card among"
 
 
@@ -354,6 +353,12 @@ def _bundle_run(path: Path, run: Run) -> str:
     if sha256(path / layout.MANIFEST) not in run.exported().values():
         raise GateError(f"{run.exports} does not keep the hash of this manifest")
     return f"made from {run.path}, which keeps the manifest's hash"
+
+
+def _names(folder: Path) -> list[str]:
+    """All files in a folder but those whose name has a dot first: what a killed start left."""
+    names = [file.relative_to(folder).as_posix() for file in chain.files_of([folder])]
+    return [name for name in names if not f"/{name}".count("/.")]
 
 
 def _bundles(run: Run) -> list[Path]:
