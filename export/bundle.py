@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cai_scale.constitution import Constitution
 from cai_scale.errors import ConfigError
 from cai_scale.evaluation.protocol import DECODING
-from cai_scale.records import read_json, sha256, write_json
+from cai_scale.records import checksums, read_json, sha256, write_json
 from cai_scale.runs import Run, versions
 from cai_scale.runtime import bundle as layout
 
@@ -116,7 +116,7 @@ def write_manifest(folder: Path, run: Run, constitution: Constitution, default: 
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "model": config["settings"]["model"],
         "weights": config["weights"],
-        "run": {"name": run.path.name, "summary": sha256(run.summary)},
+        "run": {"name": run.path.name, "summary": sha256(run.summary), "chain": _chain(run)},
         "constitution": constitution.sha256,
         "variants": layout.GRAPHS,
         "default": default,
@@ -125,7 +125,15 @@ def write_manifest(folder: Path, run: Run, constitution: Constitution, default: 
         "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
     }
     write_json(folder / layout.MANIFEST, manifest)
-    return sha256(folder / layout.MANIFEST)
+    digest = sha256(folder / layout.MANIFEST)
+    text = checksums({layout.MANIFEST: digest})
+    (folder / layout.MANIFEST_DIGEST).write_text(text, "utf-8", newline="\n")
+    return digest
+
+
+def _chain(run: Run) -> str | None:
+    """Older runs have none."""
+    return sha256(run.chain) if run.chain.is_file() else None
 
 
 def _plain(value: Any) -> Any:

@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         digest = export(run, aside)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
+        run.keep_export(target / layout.MANIFEST, digest)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"bundle: {target}\nmanifest sha256: {digest}")

@@ -15,6 +15,7 @@ from cai_scale.runtime.integrity import check, refused
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"  # beside it, as sha256sum reads it
 README = "README.md"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
