@@ -1,7 +1,7 @@
 """A run's results, worked out again from its stored answers, and compared. No torch."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cai_scale import config as settings
