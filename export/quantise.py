@@ -1,5 +1,6 @@
 """Quantise a graph's weights. Activations stay in fp32, so no row depends on its batch."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ def quantise(graph: Path, target: Path) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    quantizer = MatMulNBitsQuantizer(
-        onnx.load(str(graph)), bits=BITS, block_size=BLOCK, is_symmetric=True
-    )
-    quantizer.process()
-    save(quantizer.model.model, target)
+    # The weights stay on disk, and the quantiser reads one matrix at a time. It looks for their
+    # file in the working folder.
+    model = onnx.load(str(graph), load_external_data=False)
+    with contextlib.chdir(graph.parent):
+        quantizer = MatMulNBitsQuantizer(model, bits=BITS, block_size=BLOCK, is_symmetric=True)
+        quantizer.process()
+    model = quantizer.model.model
+    onnx.load_external_data_for_model(model, str(graph.parent))  # what is left of them
+    save(model, target)
 
 
 def save(model: Any, target: Path) -> None:
