@@ -144,6 +144,12 @@ def _score(arguments: Sequence[str]) -> int:
     return cli.score(arguments)
 
 
+def _serve(arguments: Sequence[str]) -> int:
+    from cai_scale.runtime.serve import command
+
+    return command.serve(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "collect": (_collect, "sample, revise and score answers, and build pairs"),
     "train": (_train, "the same, and train on the pairs"),
@@ -152,6 +158,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "constitution": (_constitution, "show or check a constitution"),
     "generate": (_generate, "answer a prompt with an exported bundle, without torch"),
     "score": (_score, "score answers with an exported bundle, without torch"),
+    "serve": (_serve, "answer and score over HTTP with an exported bundle, without torch"),
 }
 
 
