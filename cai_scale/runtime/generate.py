@@ -1,7 +1,6 @@
 """Generate with an exported graph: numpy and onnxruntime."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +15,6 @@ from cai_scale.runtime.chat import Chat
 from cai_scale.runtime.sampling import Decoding, choose, top, uniforms
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """Stand-in."""
-
-    tokens: tuple[int, ...]
-    decoding: Decoding
-    id: str
-    seed: int = 0
-    sample: int = 0
-    round: int = 0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Stand-in."""
-
-    index: int
-    text: str
-    completion: Completion | None
-
-
-class Generator:
-    """Stand-in."""
-
-    busy: bool
-
-    def __init__(self, policy: "Policy", rows: int = 32) -> None:
-        raise NotImplementedError
-
-    def add(self, request: Request) -> int:
-        raise NotImplementedError
-
-    def cancel(self, index: int) -> None:
-        raise NotImplementedError
-
-    def step(self) -> list[Piece]:
-        raise NotImplementedError
 
 
 class Graph:
@@ -137,13 +97,6 @@ class Policy:
             top_k=settings["top_k"],
             max_new_tokens=settings["max_new_tokens"],
         )
-
-    def check(self, request: Request) -> None:
-        """Stand-in."""
-        if not request.tokens:
-            raise DataError("the prompt is empty")
-        if len(request.tokens) + request.decoding.max_new_tokens > self.longest:
-            raise DataError("exceed")
 
     def answer(
         self,

@@ -23,9 +23,6 @@ class Decoding:
     top_p: float
     top_k: int
     max_new_tokens: int
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
 
 
 def uniforms(
