@@ -31,7 +31,8 @@ class FakeTokenizer:
 
 
 class FakeChat:
-    tokenizer = FakeTokenizer()
+    def __init__(self) -> None:
+        self.tokenizer = FakeTokenizer()
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
@@ -39,9 +40,11 @@ class FakeChat:
 
 
 class FakePolicy:
-    chat = FakeChat()
     longest = LONGEST
     decoding = Decoding(temperature=0.7, top_p=0.95, top_k=50, max_new_tokens=64)
+
+    def __init__(self) -> None:
+        self.chat = FakeChat()
 
     def check(self, request: Request) -> None:
         if not request.tokens:
@@ -114,6 +117,7 @@ class Fake:
     """An application and its parts."""
 
     app: Any
+    service: Service
     engine: Engine
     generator: FakeGenerator
 
@@ -128,7 +132,7 @@ def make_fake(*, rows: int = 8, queue: int = 64, pause: float = 0.0, **limits: A
     )
     model = Model(name="fake", created=1_700_000_000, fingerprint="f" * 16)
     service = Service(model, FakePolicy(), engine, scorer, Limits(queue=queue, **limits))
-    return Fake(make_app(service, metrics), engine, generator)
+    return Fake(make_app(service, metrics), service, engine, generator)
 
 
 def main() -> None:

@@ -325,14 +325,16 @@ async def _invalid(_: Client, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"][1:])
+    place = place.encode("utf-8", "replace").decode()[:200]  # an unknown key may be anything
     said = problem["msg"]
     if problem["type"] == "extra_forbidden":
         said = "not supported by this server; leave it out"
     elif problem["type"] == "json_invalid":
         place, said = "", "the body is not JSON"
-    elif not place:
+    else:
         said = said.removeprefix("Value error, ")
-        said = "send a JSON object as application/json" if "dictionary" in said else said
+    if problem["type"] in ("model_type", "model_attributes_type", "missing") and not place:
+        said = "send a JSON object as application/json"
     return error_response(422, f"{place}: {said}" if place else said, place or None)
 
 

@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 CHOICES = 8  # answers to one prompt
 PROMPTS = 32  # prompts of one completion
 ITEMS = 256  # responses scored in one request
+TOP_K = 1000  # more would slow down everyone's step
 
 # Fields of the protocol that are not supported, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -30,6 +31,17 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 Finite = Field(allow_inf_nan=False)
+
+
+def _unicode(text: str) -> str:
+    """JSON can escape half a surrogate pair, which no tokenizer reads."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("not Unicode text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
 class Body(BaseModel):
@@ -57,7 +69,7 @@ class Message(Body):
     """One turn of a conversation; `content` is a text, or a list of text parts."""
 
     role: Literal["system", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined)]
+    content: Annotated[Text, BeforeValidator(_joined)]
 
 
 class StreamOptions(Body):
@@ -74,17 +86,13 @@ class Sampling(Body):
     """
 
     model: str | None = None
-    temperature: Annotated[float, Field(ge=0, le=10), Finite] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), Finite] | None = None
     top_p: Annotated[float, Field(gt=0, le=1), Finite] | None = None
-    top_k: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=TOP_K)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1), Finite] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10), Finite] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10), Finite] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=256)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4)]
-        | None
-    ) = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
     stream: bool = False
@@ -133,7 +141,7 @@ class ChatRequest(Sampling):
 class TextRequest(Sampling):
     """The body of POST /v1/completions: a text to go on from, or several."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=PROMPTS)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=PROMPTS)]
 
     @property
     def limit(self) -> int | None:
@@ -147,15 +155,15 @@ class TextRequest(Sampling):
 class Item(Body):
     """A response to score, with what was asked."""
 
-    prompt: str = ""
-    response: str
+    prompt: Text = ""
+    response: Text
 
 
 class ScoreRequest(Body):
     """The body of POST /v1/score: one prompt and response, or `items`."""
 
-    prompt: str | None = None
-    response: str | None = None
+    prompt: Text | None = None
+    response: Text | None = None
     items: Annotated[list[Item], Field(min_length=1, max_length=ITEMS)] | None = None
 
     @model_validator(mode="after")
