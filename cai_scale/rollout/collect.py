@@ -59,7 +59,7 @@ def collect(
 ) -> list[Response]:
     """Answer all requests and return the responses in the order of the requests.
 
-    Every rank appends its share, batch by batch, to a file of its own beside `product`; rank 0
+    Every rank appends its share, answer by answer, to a file of its own beside `product`; rank 0
     joins them when all are there. A second start skips the batches that are complete.
     """
     if not product.exists():
@@ -99,20 +99,19 @@ def _work(
     with own.open("a", encoding="utf-8") as file, _progress(ranks) as progress:
         task = progress.add_task(f"{title}{share}", total=sum(map(len, mine)), rate="")
         tokens = 0
-        for batch in mine:
-            for request, completion in zip(batch, sampler.sample(batch), strict=True):
-                response = Response(
-                    prompt_id=request.prompt_id,
-                    sample=request.sample,
-                    round=request.round,
-                    temperature=request.temperature,
-                    **asdict(completion),
-                )
-                file.write(canonical(asdict(response)) + "\n")
-                tokens += completion.tokens
+        for request, completion in sampler.sample(mine):
+            response = Response(
+                prompt_id=request.prompt_id,
+                sample=request.sample,
+                round=request.round,
+                temperature=request.temperature,
+                **asdict(completion),
+            )
+            file.write(canonical(asdict(response)) + "\n")
             file.flush()
+            tokens += completion.tokens
             elapsed = progress.tasks[0].elapsed or 1e-9
-            progress.update(task, advance=len(batch), rate=f"{tokens / elapsed:.0f} tokens/s")
+            progress.update(task, advance=1, rate=f"{tokens / elapsed:.0f} tokens/s")
 
 
 def _progress(ranks: Ranks) -> Progress:
