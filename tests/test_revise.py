@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from cai_scale import constitution
+from cai_scale.critics.complaint import RevisionRules, complaint
 from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.ranks import Ranks
 from cai_scale.records import Completion, Prompt, Response
-from cai_scale.critics.complaint import RevisionRules, complaint
 from cai_scale.rollout.revise import revise
 from cai_scale.rollout.sampler import Request
 

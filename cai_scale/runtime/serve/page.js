@@ -77,16 +77,18 @@ async function score() {
 }
 
 function showVerdict() {
-  const { verdict, constitution } = state;
-  $("scored").hidden = !verdict?.principles;
-  if ($("scored").hidden) return;
-  $("overall").textContent = verdict.overall.toFixed(2);
+  const { verdict, constitution, text } = state;
+  $("scored").hidden = !constitution;
+  if (!constitution) return;
+  const scores = verdict?.principles; // a response without text has none
+  $("overall").textContent = scores ? verdict.overall.toFixed(2) : "–";
   if (!$("principles").children.length) {
     $("principles").replaceChildren(...constitution.principles.map(emptyBar));
   }
   constitution.principles.forEach((principle, index) =>
-    fillBar($("principles").children[index], principle, verdict.principles[principle.id]));
-  $("words").replaceChildren(...highlighted(state.text, verdict.words));
+    fillBar($("principles").children[index], principle, scores?.[principle.id]));
+  $("moved").hidden = !scores;
+  $("words").replaceChildren(...(scores ? highlighted(text, verdict.words) : []));
 }
 
 const translated = (texts) => texts[state.language] ?? Object.values(texts)[0];
@@ -104,9 +106,9 @@ function fillBar(item, principle, value) {
   const [name, meter, statement] = item.children;
   const title = translated(principle.title);
   name.firstChild.textContent = meter.ariaLabel = title;
-  name.lastChild.textContent = value.toFixed(2);
-  meter.ariaValueNow = String(value);
-  meter.firstChild.style.width = `${100 * value}%`;
+  name.lastChild.textContent = value?.toFixed(2) ?? "–";
+  meter.ariaValueNow = String(value ?? 0);
+  meter.firstChild.style.width = `${100 * (value ?? 0)}%`;
   statement.textContent = translated(principle.statement);
 }
 
