@@ -37,18 +37,6 @@ def tokenise(text: str) -> list[str]:
     return _TOKEN.findall(text)
 
 
-@dataclass(frozen=True)
-class Found:
-    """Stand-in."""
-
-    start: int
-    end: int
-    term: str
-    principle: str
-    list: str
-    effect: float
-
-
 @dataclass
 class _TrieNode:
     """A node of a trie over tokens; `entry` is the term list that ends here, if one does."""
@@ -92,17 +80,6 @@ class LexiconCritic:
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
         """Score each response; `prompts` are not read. None for a response without text."""
         return [self._score_one(response) for response in responses]
-
-    def explain(self, response: str) -> list[Found]:
-        """Stand-in: single words of the response as written."""
-        found = []
-        for match in re.finditer(r"[^\W\d_]+(-\w+)*|\w", response):
-            for _, _, entry in self._matches(tokenise(match[0])):
-                principle, item = self._lists[entry]
-                found.append(
-                    Found(match.start(), match.end(), match[0], principle, item.id, item.effect)
-                )
-        return found
 
     def occurrences(self, response: str) -> Counter[tuple[str, str, str]]:
         """How often each (principle id, list id, term as matched) occurs."""
