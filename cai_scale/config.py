@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from cai_scale import critics, methods
+from cai_scale import critics, methods, rollout
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.prompts import HELDOUT, TRAIN
 from cai_scale.training import precision
@@ -53,7 +53,7 @@ class Config:
     sampler: str = setting(
         "rollout", "auto", "what generates: transformers; onnx, an exported graph in fp32 or, with "
         "onnx-q8, in 8 bits; auto takes onnx on a CPU where the architecture has a fused graph",
-        samplers.NAMES,
+        rollout.SAMPLERS,
     )  # fmt: skip
     samples: int = setting("rollout", 8, "answers per prompt", least=2)
     temperatures: tuple[float, ...] = setting(

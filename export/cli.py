@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         digest = export(run, aside)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
+        run.keep_export(target / layout.MANIFEST, digest)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"bundle: {target}\nmanifest sha256: {digest}")
@@ -92,7 +93,7 @@ def export(run: runs.Run, folder: Path) -> str:
             "q8": check_close(q8, merged.model, sequences, "q8"),
         }
     _report(parity)
-    write_model_files(folder, merged)
+    write_model_files(folder, merged, default="q8")
     write_json(folder / layout.CONSTITUTION, constitution.data)
     write_json(folder / layout.PARITY, parity)
     write_card(folder, run, constitution, parity)

@@ -14,11 +14,11 @@ from cai_scale.errors import DataError
 from cai_scale.records import Completion
 from cai_scale.runtime.generate import Piece, Request
 from cai_scale.runtime.sampling import Decoding
+from cai_scale.runtime.scorer import Scorer
 from cai_scale.runtime.serve.app import Model, Service, make_app
 from cai_scale.runtime.serve.engine import Engine
 from cai_scale.runtime.serve.guard import Limits
 from cai_scale.runtime.serve.metrics import Metrics
-from cai_scale.runtime.serve.scoring import Scorer
 
 LONGEST = 4096
 
@@ -127,12 +127,10 @@ def make_fake(*, rows: int = 8, queue: int = 64, pause: float = 0.0, **limits: A
     metrics = Metrics()
     generator = FakeGenerator(rows, pause)
     engine = Engine(generator, rows=rows, queue=queue, metrics=metrics)
-    scorer = Scorer(
-        SimpleNamespace(constitution=constitution.load(), manifest={})  # type: ignore[arg-type]
-    )
+    scorer = Scorer(constitution.load())
     model = Model(name="fake", created=1_700_000_000, fingerprint="f" * 16)
-    service = Service(model, FakePolicy(), engine, scorer, Limits(queue=queue, **limits))
-    return Fake(make_app(service, metrics), service, engine, generator)
+    service = Service(model, FakePolicy(), engine, scorer, Limits(queue=queue, **limits), metrics)
+    return Fake(make_app(service), service, engine, generator)
 
 
 def main() -> None:

@@ -1,21 +1,25 @@
 """The bundle folder: its file names, and the check that it is the one that was exported."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from cai_scale.constitution import Constitution
 from cai_scale.constitution import from_dict as constitution_from_dict
-from cai_scale.errors import ConfigError, DataError, IntegrityError, MissingError
-from cai_scale.records import read_json, sha256
+from cai_scale.errors import ConfigError, DataError, MissingError
+from cai_scale.records import parse_object, read_json
+from cai_scale.runtime.integrity import check, refused
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"  # beside it, as sha256sum reads it
 README = "README.md"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+GENAI = "genai_config.json"  # how onnxruntime-genai reads the graph; ours does not need it
 CONSTITUTION = "constitution.json"
 PARITY = "parity.json"
 TOKENIZER = "tokenizer.json"
@@ -24,6 +28,7 @@ TEMPLATE = "chat_template.jinja"
 # Variants by the names that readers of ONNX models use; a graph's weights lie beside it.
 GRAPHS = {"fp32": "onnx/model.onnx", "q8": "onnx/model_quantized.onnx"}
 WEIGHTS_SUFFIX = "_data"
+SCORERS = ("lexicon", "reward")  # what a bundle scores with
 
 
 @dataclass(frozen=True)
@@ -55,55 +60,55 @@ class Bundle:
         return self.path / variants[name]
 
 
-def open_bundle(path: Path) -> Bundle:
+def open_bundle(path: Path, expect_sha256: str | None = None) -> Bundle:
     """Check every file of a bundle before any of them is used.
+
+    Args:
+        expect_sha256: the SHA-256 of the manifest, in hexadecimal, as the export printed it. It
+            pins the whole bundle: without it, files changed together with the manifest pass.
 
     Raises:
         MissingError: the folder is no bundle.
-        IntegrityError: a file is missing, is a link, lies outside the folder, or differs from
-            what was exported.
+        IntegrityError: the manifest is another one; a file is missing, is a link or a pickle,
+            lies outside the folder, or differs from what was exported.
     """
     if not (path / MANIFEST).is_file():
         raise MissingError(
             f"{path} is no bundle: it has no {MANIFEST}; make one with 'cai-export --merge-lora'"
         )
-    manifest = _read_manifest(path)
-    for name, digest in manifest["files"].items():
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name:
-            raise _refused(path, f"{name!r} points outside the folder")
-        file = path / name
-        if any(p.is_symlink() for p in (file, *file.parents) if p.is_relative_to(path)):
-            raise _refused(path, f"{name} is a link")
-        if not file.is_file():
-            raise _refused(path, f"{name} is missing")
-        if sha256(file) != digest:
-            raise _refused(path, f"{name} differs from what was exported")
+    manifest = _read_manifest(path, expect_sha256)
+    check(path, manifest["files"])
     bundle = Bundle(path, manifest)
     if bundle.constitution.sha256 != manifest["constitution"]:
-        raise _refused(path, f"{CONSTITUTION} is not the constitution that the manifest names")
+        raise refused(path, f"{CONSTITUTION} is not the constitution that the manifest names")
     return bundle
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path, expect_sha256: str | None) -> dict[str, Any]:
     try:
-        manifest = read_json(path / MANIFEST)
-    except DataError as error:
-        raise _refused(path, f"{MANIFEST} cannot be read ({error})") from None
+        content = (path / MANIFEST).read_bytes()
+        found = hashlib.sha256(content).hexdigest()
+        if expect_sha256 is not None and found != expect_sha256.strip().lower():
+            raise refused(path, f"{MANIFEST} has the SHA-256 {found}, expected {expect_sha256}")
+        manifest = parse_object(content)
+    except (OSError, DataError) as error:
+        raise refused(path, f"{MANIFEST} cannot be read ({error})") from None
     if manifest.get("schema") != SCHEMA:
-        raise _refused(path, f"{MANIFEST} has schema {manifest.get('schema')!r}, expected {SCHEMA}")
+        raise refused(path, f"{MANIFEST} has schema {manifest.get('schema')!r}, expected {SCHEMA}")
     kinds = {"files": dict, "variants": dict, "default": str, "constitution": str}
     for key, kind in kinds.items():
         if not isinstance(manifest.get(key), kind):
-            raise _refused(path, f"{MANIFEST} has no proper {key!r}")
+            raise refused(path, f"{MANIFEST} has no proper {key!r}")
     for name in (CONFIG, GENERATION, CONSTITUTION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE):
         if name not in manifest["files"]:
-            raise _refused(path, f"{MANIFEST} does not list {name}")
+            raise refused(path, f"{MANIFEST} does not list {name}")
     for graph in manifest["variants"].values():
-        if graph not in manifest["files"]:
-            raise _refused(path, f"{MANIFEST} does not list {json.dumps(graph)}")
+        if not isinstance(graph, str) or graph not in manifest["files"]:
+            raise refused(path, f"{MANIFEST} does not list {json.dumps(graph)}")
+        if not graph.endswith(".onnx"):
+            raise refused(path, f"{MANIFEST} has a variant {graph!a}, which is no .onnx file")
+    if manifest["default"] not in manifest["variants"]:
+        raise refused(path, f"{MANIFEST} has no variant {manifest['default']!a}, its default")
+    if manifest.get("scorer", "lexicon") not in SCORERS:
+        raise refused(path, f"{MANIFEST} has no proper 'scorer'")
     return manifest
-
-
-def _refused(path: Path, why: str) -> IntegrityError:
-    return IntegrityError(f"bundle {path} refused: {why}; export it again")

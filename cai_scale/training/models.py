@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # One plain template for models that bring none (GPT-2); it travels with the bundle.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{{ message['role'].capitalize() }}: {{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"

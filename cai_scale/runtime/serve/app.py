@@ -3,8 +3,10 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ from starlette.exceptions import HTTPException
 from cai_scale.errors import DataError
 from cai_scale.records import Completion
 from cai_scale.runtime.generate import Piece, Policy, Request
+from cai_scale.runtime.scorer import Scorer
 from cai_scale.runtime.serve.engine import (
     Answers,
     DrainingError,
@@ -27,7 +30,6 @@ from cai_scale.runtime.serve.engine import (
 from cai_scale.runtime.serve.guard import LEFT, Guard, Limits
 from cai_scale.runtime.serve.metrics import CONTENT_TYPE, Metrics
 from cai_scale.runtime.serve.schemas import ChatRequest, Sampling, ScoreRequest, TextRequest
-from cai_scale.runtime.serve.scoring import Scorer
 from cai_scale.runtime.serve.wire import (
     DONE,
     ChatForm,
@@ -76,11 +78,18 @@ class Service:
     """One handler a route."""
 
     def __init__(
-        self, model: Model, policy: Policy, engine: Engine, scorer: Scorer, limits: Limits
+        self,
+        model: Model,
+        policy: Policy,
+        engine: Engine,
+        scorer: Scorer,
+        limits: Limits,
+        metrics: Metrics,
     ) -> None:
         self.model, self.policy, self.engine = model, policy, engine
-        self.scorer, self.limits = scorer, limits
-        self._scoring = asyncio.Lock()
+        self.scorer, self.limits, self.metrics = scorer, limits, metrics
+        # One at a time: a reward model takes every core, and no second caller.
+        self._scoring = ThreadPoolExecutor(1, "scorer")
         self._to_score = 0
 
     async def chat(self, body: ChatRequest, client: Client) -> Response:
@@ -104,18 +113,17 @@ class Service:
             raise DrainingError
         if self._to_score > self.limits.queue:
             raise FullError
+        prompts, responses = zip(*body.pairs, strict=True)
+        score = partial(self.scorer.score, prompts, responses, explain=True)
         self._to_score += 1
         try:
-            async with asyncio.timeout(self.limits.timeout), self._scoring:
-                scores = await asyncio.to_thread(self.scorer.score, body.pairs)
+            async with asyncio.timeout(self.limits.timeout):
+                records = await asyncio.get_running_loop().run_in_executor(self._scoring, score)
         finally:
             self._to_score -= 1
-        head = {
-            "object": "score" if body.items is None else "list",
-            "constitution": self.scorer.constitution.sha256,
-            "scorer": self.scorer.kind,
-        }
-        return head | (scores[0] if body.items is None else {"data": scores})
+        if body.items is not None:
+            return {"object": "list", "data": records}
+        return {"object": "score", **records[0]}
 
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self.model.card()]}
@@ -146,6 +154,9 @@ class Service:
         engine = self.engine
         state = "failed" if engine.failed else "draining" if engine.draining else "ok"
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+
+    async def figures(self) -> Response:
+        return Response(self.metrics.exposition(), media_type=CONTENT_TYPE)
 
     def _check_name(self, name: str | None) -> None:
         if name not in (None, self.model.name):
@@ -281,7 +292,7 @@ async def _gone(client: Client) -> None:
         pass
 
 
-def make_app(service: Service, metrics: Metrics) -> FastAPI:
+def make_app(service: Service) -> FastAPI:
     """The application; its lifespan starts the engine in the server's event loop."""
 
     @asynccontextmanager
@@ -295,7 +306,7 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
         openapi_url=None,  # the usual pages of documentation load scripts from elsewhere
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.add_middleware(Guard, limits=service.limits, metrics=metrics)
+    app.add_middleware(Guard, limits=service.limits, metrics=service.metrics)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(DataError, _unusable)
@@ -308,7 +319,7 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
     app.get("/v1/models/{name:path}", response_model=None)(service.one_model)
     app.get("/v1/constitution", response_model=None)(service.constitution)
     app.get("/healthz", response_model=None)(service.health)
-    app.get("/metrics")(lambda: Response(metrics.exposition(), media_type=CONTENT_TYPE))
+    app.get("/metrics", response_model=None)(service.figures)
     for path in PAGE:
         app.get(path)(_page)
     return app

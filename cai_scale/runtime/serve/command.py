@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cai_scale.commands import Parser, require
@@ -42,9 +41,9 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     flag = made.add_argument
-    flag("--bundle", type=Path, required=True, help="a folder that cai-export wrote")
+    made.add_bundle()
     flag("--variant", help="fp32, q8 … (default: the bundle's own choice)")
-    flag("--name", type=_name, help="the model's name for clients (default: the run's)")
+    flag("--name", type=_name, default="cai-scale", help="the model's name (default: %(default)s)")
     flag("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     flag("--port", type=_whole(0, 65535), default=8000, help="0 takes a free one (default: 8000)")
     flag(
@@ -93,13 +92,13 @@ def serve(arguments: Sequence[str] | None) -> int:
     require("serving", "serve", "fastapi", "uvicorn", "prometheus_client")
     listener = _listen(options.host, options.port)
     from cai_scale.runtime.generate import Generator, Policy
+    from cai_scale.runtime.scorer import Scorer
     from cai_scale.runtime.serve.app import Model, Service, make_app
     from cai_scale.runtime.serve.engine import Engine
     from cai_scale.runtime.serve.guard import Limits
     from cai_scale.runtime.serve.metrics import Metrics
-    from cai_scale.runtime.serve.scoring import Scorer
 
-    bundle = open_bundle(options.bundle)
+    bundle = open_bundle(options.bundle, options.expect_sha256)
     policy = Policy(bundle, options.variant)
     manifest = options.bundle / MANIFEST
     limits = Limits(
@@ -108,18 +107,20 @@ def serve(arguments: Sequence[str] | None) -> int:
         queue=options.queue,
         timeout=options.timeout,
         token=token,
-        hosts=LOOPBACK if token is None and _is_loopback(options.host) else None,
+        hosts={*LOOPBACK, options.host} if not token and _is_loopback(options.host) else None,
     )
     metrics = Metrics()
     engine = Engine(
         Generator(policy, options.rows), rows=options.rows, queue=options.queue, metrics=metrics
     )
     model = Model(
-        name=options.name or bundle.manifest["run"]["name"],
+        name=options.name,
         created=int(manifest.stat().st_mtime),
         fingerprint=sha256(manifest)[:16],
     )
-    app = make_app(Service(model, policy, engine, Scorer(bundle), limits), metrics)
+    app = make_app(
+        Service(model, policy, engine, Scorer(bundle.constitution, bundle), limits), metrics
+    )
     run(app, engine, listener, model.name, options.drain_timeout)
     return 0
 

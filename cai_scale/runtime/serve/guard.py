@@ -131,5 +131,5 @@ class _Body:
 
 def _host(headers: Headers) -> str:
     """The host that a request is addressed to, without its port."""
-    host = headers.get("host", "")
+    host = headers.get("host", "").lower()
     return host.rsplit(":", 1)[0] if not host.endswith("]") else host

@@ -6,14 +6,14 @@ const LABELS = {
   en: {
     prompt: "Prompt", promptHint: "What is asked", ask: "Ask the model", stop: "Stop",
     answer: "The model’s answer", take: "Score this answer", response: "Response",
-    responseHint: "Type or paste an answer: it is scored as you type", overall: "Overall",
+    responseHint: "Type or paste an answer: it is scored as you type", overall: "Overall", reward: "Reward model:",
     words: "Words that moved the scores", none: "None: every principle is where it starts.",
     token: "Access token", enter: "Enter", tokens: "tokens", seed: "seed", lost: "No connection to the server.",
   },
   vi: {
     prompt: "Câu hỏi", promptHint: "Điều muốn hỏi", ask: "Hỏi mô hình", stop: "Dừng",
     answer: "Câu trả lời của mô hình", take: "Chấm câu trả lời này", response: "Câu trả lời",
-    responseHint: "Gõ hoặc dán một câu trả lời: điểm được tính ngay khi gõ", overall: "Điểm chung",
+    responseHint: "Gõ hoặc dán một câu trả lời: điểm được tính ngay khi gõ", overall: "Điểm chung", reward: "Mô hình thưởng:",
     words: "Những từ làm thay đổi điểm", none: "Không có: mọi nguyên tắc giữ điểm ban đầu.",
     token: "Mã truy cập", enter: "Vào", tokens: "token", seed: "seed", lost: "Không kết nối được với máy chủ.",
   },
@@ -82,6 +82,8 @@ function showVerdict() {
   if (!constitution) return;
   const scores = verdict?.principles; // a response without text has none
   $("overall").textContent = scores ? verdict.overall.toFixed(2) : "–";
+  const reward = verdict?.reward?.overall; // what the trained model says, where there is one
+  $("reward").textContent = reward === undefined ? "" : `${say("reward")} ${reward.toFixed(2)}`;
   if (!$("principles").children.length) {
     $("principles").replaceChildren(...constitution.principles.map(emptyBar));
   }
