@@ -59,7 +59,7 @@ def words_of(request: Request) -> tuple[list[str], bool]:
         request = Request(tokens=request.tokens, decoding=request.decoding, id="")
     identity = repr((request.tokens, request.seed, request.sample, request.id))
     digest = hashlib.sha256(identity.encode()).digest()
-    words = [f"{'please ' if byte > 200 else ''}{byte} " for byte in digest[: 3 + digest[0] % 20]]
+    words = [f"{'please ' if byte > 200 else ''}{byte} " for byte in digest[: 6 + digest[0] % 20]]
     most = request.decoding.max_new_tokens
     return words[:most], len(words) <= most
 

@@ -42,7 +42,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    with serving(FAKE, "--pause", "0.05") as (url, _):
+    with serving(FAKE, "--pause", "0.1") as (url, _):
         browser.get(url)
         wait(browser, lambda: text(browser, "served").startswith("fake"))
         yield browser
