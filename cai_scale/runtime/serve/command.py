@@ -118,9 +118,8 @@ def serve(arguments: Sequence[str] | None) -> int:
         created=int(manifest.stat().st_mtime),
         fingerprint=sha256(manifest)[:16],
     )
-    app = make_app(
-        Service(model, policy, engine, Scorer(bundle.constitution, bundle), limits), metrics
-    )
+    scorer = Scorer(bundle.constitution, bundle)
+    app = make_app(Service(model, policy, engine, scorer, limits, metrics))
     run(app, engine, listener, model.name, options.drain_timeout)
     return 0
 
