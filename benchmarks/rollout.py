@@ -88,30 +88,31 @@ def main() -> None:
     ]
     result: dict[str, Any] = {"prompts": PROMPTS, "length": LENGTH, "cap": CAP}
     for mode, limit in (("one length", LENGTH), ("own lengths", CAP)):
-        fixed = mode == "one length"
         requests = [replace(r, decoding=replace(r.decoding, max_new_tokens=limit)) for r in asked]
-        lengths: dict[str, list[int]] = {}
-
-        def rate(name: str, batch: int, requests: Any = requests, fixed: bool = fixed) -> float:
-            found: list[int] = []
-            spent = seconds(
-                lambda: found.extend(contestants[name].run(requests, batch, fixed=fixed))
-            )
-            lengths[name] = found
-            return sum(found) / spent
-
-        best = {}
-        for name in contestants:
-            rates = {batch: rate(name, batch) for batch in BATCHES}
-            best[name] = max(rates, key=lambda batch: rates[batch])
-        figures = in_turn(
-            {name: lambda name=name: rate(name, best[name]) for name in contestants}, ROUNDS
-        )
-        for name, figure in figures.items():
-            figure["batch"] = best[name]
-            figure["lengths"] = dict(sorted(Counter(n // 32 * 32 for n in lengths[name]).items()))
-        result[mode] = figures
+        result[mode] = compare(contestants, requests, fixed=mode == "one length")
     write(result)
+
+
+def compare(
+    contestants: dict[str, Any], requests: list[Request], *, fixed: bool
+) -> dict[str, dict[str, Any]]:
+    """Tokens a second of each contestant at the batch size that suits it best."""
+    lengths: dict[str, list[int]] = {}
+
+    def rate(name: str, batch: int) -> float:
+        spent = seconds(
+            lambda: lengths.update({name: contestants[name].run(requests, batch, fixed=fixed)})
+        )
+        return sum(lengths[name]) / spent
+
+    best = {
+        name: max(BATCHES, key=lambda batch, name=name: rate(name, batch)) for name in contestants
+    }
+    figures = in_turn({name: lambda n=name: rate(n, best[n]) for name in contestants}, ROUNDS)
+    for name, figure in figures.items():
+        histogram = Counter(length // 32 * 32 for length in lengths[name])
+        figure |= {"batch": best[name], "lengths": dict(sorted(histogram.items()))}
+    return figures
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from cai_scale.critics import Critic, load_critic
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.evaluation import protocol
 from cai_scale.records import Prompt, write_json, write_jsonl
+from cai_scale.rollout.choose import Choice, choose
 from cai_scale.runs import ROOT, Run, check_output, open_run, versions
 from cai_scale.training import models, precision
 from cai_scale.training.batches import plan_batch
@@ -38,6 +39,7 @@ class Job:
     run: Run
     ranks: ranks.Ranks
     precision: precision.Precision
+    sampler: Choice
     constitution: Constitution
     critic: Critic
     prompts: Sequence[Prompt]
@@ -85,13 +87,18 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     if output is not None:
         check_output(output, overwrite=overwrite)
     chosen = precision.choose(config.precision)
+    sampler = choose(
+        config.sampler,
+        gpu=models.device().type != "cpu",
+        fusible=lambda: _fusible(config.model),
+    )
 
     quiet()
     longest = max(config.max_new_tokens, protocol.DECODING.max_new_tokens)
     models.check_prompts(config.model, [*prompts, *heldout], longest)
     record: dict[str, Any] = {}
     if peers.main:  # hashing, and perhaps a download: before the ranks meet
-        record = _record(config, peers, chosen, constitution, ds_config, prompts, heldout)
+        record = _record(config, peers, chosen, sampler, constitution, ds_config, prompts, heldout)
     ranks.join(peers, deepspeed=ds_config is not None)
     if peers.main:
         default = ROOT / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}"
@@ -107,6 +114,7 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
         run=Run(Path(path)),
         ranks=peers,
         precision=chosen,
+        sampler=sampler,
         constitution=constitution,
         critic=critic,
         prompts=prompts,
@@ -116,7 +124,7 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     device = models.device().type
     job.say(
         f"{config.method} {verb} in {path}: {peers.world} rank(s) on {device}, "
-        f"{chosen.name} ({chosen.reason}), "
+        f"{chosen.name} ({chosen.reason}), answers by {sampler.name} ({sampler.reason}), "
         + (f"DeepSpeed {config.ds_config}" if ds_config else "without DeepSpeed")
     )
     return job
@@ -125,6 +133,7 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
 def _keep(run: Run, constitution: Constitution, asked: Mapping[str, Sequence[Prompt]]) -> None:
     """Copy what the run starts from into it; a run that continues has it already."""
     if not run.constitution.is_file():
+        run.remove_policies()
         write_json(run.constitution, constitution.data)
     for kind, prompts in asked.items():
         if not run.prompts(kind).is_file():
@@ -135,6 +144,7 @@ def _record(
     config: Config,
     peers: ranks.Ranks,
     chosen: precision.Precision,
+    sampler: Choice,
     constitution: Constitution,
     ds_config: dict[str, Any] | None,
     prompts: Sequence[Prompt],
@@ -150,6 +160,7 @@ def _record(
         "weights": models.weights_sha256(config.model),
         "prompts": {"train": prompt_files.digest(prompts), "heldout": prompt_files.digest(heldout)},
         "precision": {"name": chosen.name, "reason": chosen.reason},
+        "sampler": {"name": sampler.name, "reason": sampler.reason},
         "ds_config": ds_config,
         "ranks": {"world": peers.world},
         "hardware": {
@@ -161,6 +172,12 @@ def _record(
         "versions": {"python": platform.python_version(), **versions(*LIBRARIES)},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _fusible(model: str) -> bool:
+    from cai_export.policy import fusible
+
+    return fusible(model)
 
 
 def _require_deepspeed() -> None:

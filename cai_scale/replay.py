@@ -1,7 +1,7 @@
 """A run's results, worked out again from its stored answers, and compared. No torch."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cai_scale import config as settings
@@ -137,8 +137,8 @@ class _Stored:
     def prompt_tokens(self, request: Request) -> int:
         raise GateError(f"the answer to {request.prompt_id} is not stored")
 
-    def sample(self, batch: Sequence[Request]) -> list[Completion]:
-        raise GateError(f"the answer to {batch[0].prompt_id} is not stored")
+    def sample(self, batches: Sequence[Sequence[Request]]) -> Iterator[tuple[Request, Completion]]:
+        raise GateError(f"the answer to {batches[0][0].prompt_id} is not stored")
 
 
 def _source(name: str, digest: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from cai_scale.config import Config
 from cai_scale.constitution import Constitution
 from cai_scale.critics import Critic
+from cai_scale.critics.complaint import RevisionRules
 from cai_scale.evaluation import protocol
 from cai_scale.evaluation.compare import Answered, compare, drift, slices
 from cai_scale.preferences.audit import audit
@@ -16,7 +17,7 @@ from cai_scale.preferences.pairs import build_pairs
 from cai_scale.ranks import Ranks
 from cai_scale.records import Pair, Prompt, Response
 from cai_scale.rollout.collect import collect, requests_for
-from cai_scale.rollout.revise import RevisionRules, revise
+from cai_scale.rollout.revise import revise
 from cai_scale.rollout.sampler import Sampler
 from cai_scale.runs import Round, Run
 

@@ -72,6 +72,15 @@ class Run:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
+    def policy(self, when: str) -> Path:
+        """The exported graph that answers while a stage runs; removed afterwards."""
+        return self.path / f".policy-{when}"
+
+    def remove_policies(self) -> None:
+        """Remove exported policies, those too that a killed start left."""
+        for folder in self.path.glob(".policy-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
@@ -234,7 +243,7 @@ def _same(run: Run, record: Mapping[str, Any]) -> None:
     """A run continues only with what it was started with; where it ran may differ."""
     before = run.record
     now = json.loads(json.dumps(record))
-    parts = ["settings", "constitution", "weights", "prompts", "precision", "ds_config"]
+    parts = ["settings", "constitution", "weights", "prompts", "precision", "sampler", "ds_config"]
     if run.checkpoints.is_dir() and not run.adapter.is_dir():
         parts.append("ranks")  # an optimizer's state lies in as many pieces as there were ranks
     for part in parts:

@@ -55,7 +55,8 @@ def test_the_bundle_answers_as_torch_does(
         Request(messages=conversation(t), prompt_id=t, seed=5, temperature=temperature)
         for t in TEXTS
     ]
-    expected = torch_sampler.sample(requests)
+    answered = {r.prompt_id: c for r, c in torch_sampler.sample([requests])}
+    expected = [answered[text] for text in TEXTS]
     found = policy.answer([conversation(t) for t in TEXTS], decoding, seed=5)
     assert [(a.text, a.tokens, a.finished) for a in found] == [
         (c.text, c.tokens, c.finished) for c in expected
