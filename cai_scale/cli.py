@@ -156,6 +156,12 @@ def _trace(arguments: Sequence[str]) -> int:
     return trace.main(arguments)
 
 
+def _serve(arguments: Sequence[str]) -> int:
+    from cai_scale.runtime.serve import command
+
+    return command.serve(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "collect": (_collect, "sample, revise and score answers, and build pairs"),
     "train": (_train, "the same, and train on the pairs"),
@@ -166,6 +172,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "trace": (_trace, "show one prompt's way through a run"),
     "generate": (_generate, "answer a prompt with an exported bundle, without torch"),
     "score": (_score, "score answers with an exported bundle, without torch"),
+    "serve": (_serve, "answer and score over HTTP with an exported bundle, without torch"),
 }
 
 

@@ -28,6 +28,7 @@ def test_torch_free_modules_do_their_work_without_torch() -> None:
 import cai_scale.config, cai_scale.errors, cai_scale.prompts, cai_scale.records, cai_scale.runs
 from cai_scale import constitution, prompts
 from cai_scale.critics import load_critic
+import cai_scale.runtime.serve.app, cai_scale.runtime.serve.command
 import cai_scale.runtime.generate, cai_scale.runtime.chat, cai_scale.runtime.cli
 critic = load_critic("lexicon", constitution.load())
 print(critic.score(["x"], ["a useful tip"])[0].overall, len(prompts.load("heldout")))
