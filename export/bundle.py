@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +21,21 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from .merge import Merged
+    from .variants import Variant
 
-LIBRARIES = ("cai-scale", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime")
+LIBRARIES = (
+    *("cai-scale", "torch", "transformers", "peft"),
+    *("onnx", "onnxscript", "onnxruntime", "onnxruntime-genai"),
+)
 UNLIMITED = 10**9  # tokenizers that know no bound name a number above this
 
 
-def write_model_files(folder: Path, merged: "Merged", default: str) -> None:
+def write_model_files(folder: Path, merged: "Merged", graph: Path) -> None:
     """config, generation_config, genai_config, tokenizer and chat template, for every reader.
 
     Args:
         folder: holds the graphs already.
-        default: the variant that onnxruntime-genai loads where it is told no other.
+        graph: what onnxruntime-genai loads where it is told no other.
     """
     model, tokenizer = merged.model, merged.tokenizer
     config = {
@@ -55,7 +59,6 @@ def write_model_files(folder: Path, merged: "Merged", default: str) -> None:
         "max_new_tokens": DECODING.max_new_tokens,
     }
     write_json(folder / layout.GENERATION, settings)
-    graph = folder / layout.GRAPHS[default]
     write_json(folder / layout.GENAI, genai_config(graph, model.config, settings, context))
 
     tokenizer.save_pretrained(folder)
@@ -94,7 +97,11 @@ def sidecars(folder: Path) -> dict[str, int]:
 
 
 def write_card(
-    folder: Path, run: Run, constitution: Constitution, parity: Mapping[str, Any]
+    folder: Path,
+    run: Run,
+    constitution: Constitution,
+    parity: Mapping[str, Any],
+    variants: Sequence["Variant"],
 ) -> None:
     """The model card: where the model comes from, what was measured, what it is not good for."""
     environment = Environment(
@@ -102,13 +109,24 @@ def write_card(
     )
     text = environment.get_template("card.md.jinja").render(
         summary=read_json(run.summary), config=read_json(run.config), constitution=constitution,
-        parity=parity, run=run.path.name,
+        parity=parity, variants=variants, run=run.path.name,
     )  # fmt: skip
     (folder / layout.README).write_text(text, "utf-8")
 
 
-def write_manifest(folder: Path, run: Run, constitution: Constitution, default: str) -> str:
-    """Name every file with its SHA-256, last of all; return the manifest's own."""
+def write_manifest(
+    folder: Path,
+    run: Run,
+    constitution: Constitution,
+    variants: Mapping[str, Mapping[str, str]],
+    default: str,
+) -> str:
+    """Name every file with its SHA-256, last of all; return the manifest's own.
+
+    Args:
+        variants: by name, the files of their graphs, as in `layout.VARIANTS`.
+        default: the variant that is used where none is named.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     config = read_json(run.config)
     manifest = {
@@ -118,7 +136,7 @@ def write_manifest(folder: Path, run: Run, constitution: Constitution, default: 
         "weights": config["weights"],
         "run": {"name": run.path.name, "summary": sha256(run.summary), "chain": _chain(run)},
         "constitution": constitution.sha256,
-        "variants": layout.GRAPHS,
+        "variants": variants,
         "default": default,
         "scorer": "lexicon",
         "versions": versions(*LIBRARIES),

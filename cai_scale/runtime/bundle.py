@@ -25,8 +25,14 @@ PARITY = "parity.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
-# Variants by the names that readers of ONNX models use; a graph's weights lie beside it.
-GRAPHS = {"fp32": "onnx/model.onnx", "q8": "onnx/model_quantized.onnx"}
+# A variant's graphs, as the manifest names them: the contract by the names that readers of ONNX
+# models use, and where there is one the fused graph, which has its weights in the same sidecar.
+VARIANTS = {
+    "fp32": {"graph": "onnx/model.onnx", "fused": "onnx/fused.onnx"},
+    "fp16": {"graph": "onnx/model_fp16.onnx"},
+    "q8": {"graph": "onnx/model_quantized.onnx", "fused": "onnx/fused_quantized.onnx"},
+    "q4": {"graph": "onnx/model_q4.onnx", "fused": "onnx/fused_q4.onnx"},
+}
 WEIGHTS_SUFFIX = "_data"
 SCORERS = ("lexicon", "reward")  # what a bundle scores with
 
@@ -46,18 +52,30 @@ class Bundle:
         return read_json(self.path / name)
 
     def graph(self, variant: str | None = None) -> Path:
-        """The graph of a variant; of the bundle's default one where none is named.
+        """The contract graph of a variant; of the bundle's default one where none is named.
 
         Raises:
             ConfigError: the bundle has no such variant; those that it has are listed.
         """
+        return self.path / self._variant(variant)["graph"]
+
+    def fused(self, variant: str | None = None) -> Path | None:
+        """The fused graph of a variant, for rows padded on the right; None where it has none.
+
+        Raises:
+            ConfigError: as of `graph`.
+        """
+        name = self._variant(variant).get("fused")
+        return None if name is None else self.path / name
+
+    def _variant(self, variant: str | None) -> Mapping[str, str]:
         variants = self.manifest["variants"]
         name = variant or self.manifest["default"]
         if name not in variants:
             raise ConfigError(
                 f"bundle {self.path} has no variant {name!r}; choose one of: {', '.join(variants)}"
             )
-        return self.path / variants[name]
+        return dict(variants[name])
 
 
 def open_bundle(path: Path, expect_sha256: str | None = None) -> Bundle:
@@ -102,11 +120,14 @@ def _read_manifest(path: Path, expect_sha256: str | None) -> dict[str, Any]:
     for name in (CONFIG, GENERATION, CONSTITUTION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE):
         if name not in manifest["files"]:
             raise refused(path, f"{MANIFEST} does not list {name}")
-    for graph in manifest["variants"].values():
-        if not isinstance(graph, str) or graph not in manifest["files"]:
-            raise refused(path, f"{MANIFEST} does not list {json.dumps(graph)}")
-        if not graph.endswith(".onnx"):
-            raise refused(path, f"{MANIFEST} has a variant {graph!a}, which is no .onnx file")
+    for variant, graphs in manifest["variants"].items():
+        if not isinstance(graphs, dict) or not {"graph"} <= graphs.keys() <= {"graph", "fused"}:
+            raise refused(path, f"{MANIFEST} has no proper variant {variant!a}")
+        for graph in graphs.values():
+            if not isinstance(graph, str) or graph not in manifest["files"]:
+                raise refused(path, f"{MANIFEST} does not list {json.dumps(graph)}")
+            if not graph.endswith(".onnx"):
+                raise refused(path, f"{MANIFEST} has a variant {graph!a}, which is no .onnx file")
     if manifest["default"] not in manifest["variants"]:
         raise refused(path, f"{MANIFEST} has no variant {manifest['default']!a}, its default")
     if manifest.get("scorer", "lexicon") not in SCORERS:
