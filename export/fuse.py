@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import onnx_ir
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # The builder's class for each architecture whose fused graph was seen to answer as torch does.
 BUILDERS = {
@@ -21,6 +21,11 @@ BUILDERS = {
     "Qwen3ForCausalLM": "Qwen3Model",
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.MatMul.weight"
+
+
+def knows(config: "PretrainedConfig") -> bool:
+    """Whether there is a fused graph for an architecture, as far as its name says."""
+    return any(name in BUILDERS for name in config.architectures or ())
 
 
 def fuse(model: "PreTrainedModel") -> "onnx_ir.Model | None":

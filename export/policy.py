@@ -33,17 +33,18 @@ def export_policy(
     from .bundle import write_model_files
     from .fuse import fuse
     from .graph import trace
-    from .merge import load_merged
+    from .merge import merged_policy
     from .normalise import normalise
 
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "onnx").mkdir(parents=True)
-    merged = load_merged(model, adapter)
+    merged = merged_policy(model, adapter)
     fused = fuse(merged.model)
     fp32 = {"graph": normalise(trace(merged.model))} if fused is None else {"fused": fused}
     files = {name: graphs.write(aside, name, fp32) for name in variants}
-    write_model_files(aside, merged, files[variants[0]])
+    first = next(iter(files[variants[0]].values()))
+    write_model_files(aside, merged, aside / first)
     write_json(aside / layout.CONSTITUTION, constitution.data)
     manifest = {
         "schema": layout.SCHEMA,
