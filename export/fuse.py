@@ -56,10 +56,19 @@ def fuse(model: "PreTrainedModel") -> "onnx_ir.Model | None":
             return None
     graph = builder.model.graph
     graph.sort()
+    _leave_out_unnamed(graph)
     if config.tie_word_embeddings:
         _tie(graph)
     _fix_axes(graph, builder.head_size)
     return builder.model
+
+
+def _leave_out_unnamed(graph: "onnx_ir.Graph") -> None:
+    """The builder marks an input that is left out by a value without a name; onnx_ir by None."""
+    for node in graph:
+        for index, value in enumerate(node.inputs):
+            if value is not None and not value.name:
+                node.replace_input_with(index, None)
 
 
 def _tie(graph: "onnx_ir.Graph") -> None:

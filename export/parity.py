@@ -198,7 +198,7 @@ def divergence(expected: Array, found: Array) -> tuple[Array, NDArray[np.bool_]]
         expected, found: logits, [tokens, vocabulary].
     """
     p, q = _log_softmax(expected), _log_softmax(found)
-    kl = np.sum(np.exp(p) * (p - q), axis=-1, dtype=np.float64)
+    kl: Array = np.sum(np.exp(p) * (p - q), axis=-1, dtype=np.float64)
     return kl, expected.argmax(-1) == found.argmax(-1)
 
 

@@ -63,9 +63,9 @@ def export(run: runs.Run, folder: Path, names: Sequence[str], bounds: Bounds) ->
                 status.update(f"writing {name}")
                 files[name] = write(folder, name, graphs)
         found = []
-        for name in files:
+        for name, written in files.items():
             status.update(f"comparing {name} with the trained model")
-            found.append(compare(folder, name, files[name], reference))
+            found.append(compare(folder, name, written, reference))
     if "fp32" not in names:
         found[0].remove()
     kept, default = choose([variant for variant in found if variant.name in names], bounds)

@@ -68,12 +68,9 @@ class _Quantiser:
         bits, method = (HEAD_BITS, "nearest") if head else (self.bits, self.method)
         rows, columns = array.shape
         sizes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK}
-        return _node(
-            "MatMulNBits",
-            [node.inputs[0], *_initialise(graph, weight, self._quantised(array, bits, method))],
-            {**sizes, "accuracy_level": self.accuracy_level},
-            node.name,
-        )
+        constants = _initialise(graph, weight, self._quantised(array, bits, method))
+        settings = {**sizes, "accuracy_level": self.accuracy_level}
+        return _node("MatMulNBits", [node.inputs[0], *constants], settings, node.name)
 
     def _lookup(self, graph: "onnx_ir.Graph", node: "onnx_ir.Node") -> "onnx_ir.Node | None":
         """A token's row of a constant embedding: the head's blocks where it is tied."""
@@ -87,7 +84,7 @@ class _Quantiser:
         return _node("GatherBlockQuantized", [rows, node.inputs[1], scales], sizes, node.name)
 
     def _quantised(self, array: Array, bits: int, method: str) -> list[Array]:
-        key = hashlib.sha256(np.ascontiguousarray(array)).hexdigest(), bits
+        key = hashlib.sha256(array.tobytes()).hexdigest(), bits
         if key not in self._done:
             self._done[key] = quantise_matrix(array, bits, method)
         return self._done[key]

@@ -121,15 +121,19 @@ def _read_manifest(path: Path, expect_sha256: str | None) -> dict[str, Any]:
         if name not in manifest["files"]:
             raise refused(path, f"{MANIFEST} does not list {name}")
     for variant, graphs in manifest["variants"].items():
-        if not isinstance(graphs, dict) or not {"graph"} <= graphs.keys() <= {"graph", "fused"}:
-            raise refused(path, f"{MANIFEST} has no proper variant {variant!a}")
-        for graph in graphs.values():
-            if not isinstance(graph, str) or graph not in manifest["files"]:
-                raise refused(path, f"{MANIFEST} does not list {json.dumps(graph)}")
-            if not graph.endswith(".onnx"):
-                raise refused(path, f"{MANIFEST} has a variant {graph!a}, which is no .onnx file")
+        _check_variant(path, variant, graphs, manifest["files"])
     if manifest["default"] not in manifest["variants"]:
         raise refused(path, f"{MANIFEST} has no variant {manifest['default']!a}, its default")
     if manifest.get("scorer", "lexicon") not in SCORERS:
         raise refused(path, f"{MANIFEST} has no proper 'scorer'")
     return manifest
+
+
+def _check_variant(path: Path, variant: str, graphs: Any, files: Mapping[str, str]) -> None:
+    if not isinstance(graphs, dict) or not {"graph"} <= graphs.keys() <= {"graph", "fused"}:
+        raise refused(path, f"{MANIFEST} has no proper variant {variant!a}")
+    for graph in graphs.values():
+        if not isinstance(graph, str) or graph not in files:
+            raise refused(path, f"{MANIFEST} does not list {json.dumps(graph)}")
+        if not graph.endswith(".onnx"):
+            raise refused(path, f"{MANIFEST} has a variant {graph!a}, which is no .onnx file")
