@@ -16,6 +16,8 @@ from cai_scale.runs import Run, versions
 from cai_scale.runtime import bundle as layout
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from .merge import Merged
 
 LIBRARIES = ("cai-scale", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime")
@@ -24,13 +26,7 @@ LIBRARIES = ("cai-scale", "torch", "transformers", "peft", "onnx", "onnxscript",
 def write_model_files(folder: Path, merged: "Merged") -> None:
     """config, generation_config, tokenizer and chat template, for every reader."""
     model, tokenizer = merged.model, merged.tokenizer
-    config = {
-        key: value for key, value in model.config.to_dict().items() if not key.startswith("_")
-    }
-    config["architectures"] = [type(model).__name__]
-    # Some architectures keep it under a name of their own (GPT-2: n_positions).
-    config["max_position_embeddings"] = model.config.max_position_embeddings
-    write_json(folder / layout.CONFIG, _plain(config))
+    write_config(folder, model)
     ends = model.generation_config.eos_token_id
     settings = {
         "bos_token_id": model.generation_config.bos_token_id,
@@ -40,11 +36,26 @@ def write_model_files(folder: Path, merged: "Merged") -> None:
         **asdict(DECODING),
     }
     write_json(folder / layout.GENERATION, settings)
+    write_tokenizer(folder, tokenizer)
 
+
+def write_config(folder: Path, model: "PreTrainedModel") -> None:
+    """The model's configuration, as readers without its class need it."""
+    config = {
+        key: value for key, value in model.config.to_dict().items() if not key.startswith("_")
+    }
+    config["architectures"] = [type(model).__name__]
+    # Some architectures keep it under a name of their own (GPT-2: n_positions).
+    config["max_position_embeddings"] = model.config.max_position_embeddings
+    write_json(folder / layout.CONFIG, _plain(config))
+
+
+def write_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """The tokenizer and its chat template, the latter in both of its places."""
     tokenizer.save_pretrained(folder)
     (folder / layout.TEMPLATE).write_text(tokenizer.chat_template, "utf-8")
     described = read_json(folder / layout.TOKENIZER_CONFIG)
-    # The class that every version of transformers knows; the template in both of its places.
+    # The class that every version of transformers knows.
     described["tokenizer_class"] = "PreTrainedTokenizerFast"
     described["chat_template"] = tokenizer.chat_template
     for key in ("backend", "is_local", "local_files_only", "name_or_path"):
@@ -66,8 +77,18 @@ def write_card(
     (folder / layout.README).write_text(text, "utf-8")
 
 
-def write_manifest(folder: Path, run: Run, constitution: Constitution, default: str) -> str:
-    """Name every file with its SHA-256, last of all; return the manifest's own."""
+def write_manifest(
+    folder: Path,
+    run: Run,
+    constitution: Constitution,
+    default: str,
+    reward: Mapping[str, Any] | None = None,
+) -> str:
+    """Name every file with its SHA-256, last of all; return the manifest's own.
+
+    Args:
+        reward: what the manifest says about the bundle's reward model, where it has one.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     config = read_json(run.config)
     manifest = {
@@ -79,7 +100,8 @@ def write_manifest(folder: Path, run: Run, constitution: Constitution, default: 
         "constitution": constitution.sha256,
         "variants": layout.GRAPHS,
         "default": default,
-        "scorer": "lexicon",
+        "scorer": "lexicon" if reward is None else "reward",
+        **({} if reward is None else {"reward": reward}),
         "versions": versions(*LIBRARIES),
         "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
     }

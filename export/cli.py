@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--merge-lora", action="store_true", help="merge the run's LoRA adapter")
     parser.add_argument("--run", type=Path, help="a finished run (default: the newest in runs/)")
+    parser.add_argument(
+        "--reward", type=Path, help="a finished run of a reward model, or its folder, to score with"
+    )
     parser.add_argument("--output", type=Path, help="the bundle's folder (default: RUN/bundle)")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle in --output")
     options = parser.parse_args(arguments)
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     aside = target.with_name(f".{target.name}.partial")
     try:
         _start_folder(aside)
-        digest = export(run, aside)
+        digest = export(run, aside, options.reward)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
     finally:
@@ -56,8 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export(run: runs.Run, folder: Path) -> str:
+def export(run: runs.Run, folder: Path, reward: Path | None = None) -> str:
     """Write a bundle of `run` into an empty folder; return the SHA-256 of its manifest.
+
+    Args:
+        reward: where a reward model lies, for the bundle to score with; see `reward.find`.
 
     Raises:
         CaiError: the run cannot be exported, or a parity gate does not hold.
@@ -68,6 +74,8 @@ def export(run: runs.Run, folder: Path) -> str:
     from .normalise import normalise
     from .parity import MIN_TOKENS, check_answers, check_close, check_exact
     from .quantise import quantise
+    from .reward import find
+    from .scorer import describe, export_scorer
 
     quiet()
     constitution = constitutions.from_dict(read_json(run.constitution), str(run.constitution))
@@ -75,6 +83,7 @@ def export(run: runs.Run, folder: Path) -> str:
     fp32.parent.mkdir()
     with Console().status("checking the run") as status:
         check_run(run)
+        source = None if reward is None else find(reward, constitution)
         from cai_scale.training.models import load_tokenizer
 
         sequences = _sequences(run, load_tokenizer(run.settings()["model"]), MIN_TOKENS)
@@ -91,20 +100,35 @@ def export(run: runs.Run, folder: Path) -> str:
             "fp32": check_exact(fp32, merged.model, sequences[:EXACT_SEQUENCES]),
             "q8": check_close(q8, merged.model, sequences, "q8"),
         }
+        if source is not None:
+            status.update("exporting the reward model (a minute or two)")
+            parity["reward"] = export_scorer(source, _answers(run), folder)
     _report(parity)
     write_model_files(folder, merged)
     write_json(folder / layout.CONSTITUTION, constitution.data)
     write_json(folder / layout.PARITY, parity)
     write_card(folder, run, constitution, parity)
-    digest = write_manifest(folder, run, constitution, default="q8")
+    scorer = None if source is None else describe(source)
+    digest = write_manifest(folder, run, constitution, default="q8", reward=scorer)
     check_answers(open_bundle(folder), merged, [p.text for p in prompts.load(prompts.HELDOUT)])
     return digest
 
 
 def _sequences(run: runs.Run, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> list[list[int]]:
-    """Held-out conversations as tokens: prompts with the answers of the trained model.
+    """Held-out conversations as tokens, as many as hold `tokens` and more."""
+    sequences: list[list[int]] = []
+    for conversation in _answers(run):
+        ids = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)
+        sequences.append(list(ids["input_ids"]))
+        if sum(map(len, sequences)) > tokens and len(sequences) >= EXACT_SEQUENCES:
+            break
+    return sequences
 
-    As many as hold `tokens` and more; the prompts alone again and again where answers are few.
+
+def _answers(run: runs.Run) -> list[list[dict[str, str]]]:
+    """Held-out conversations: prompts with the answers of the trained model.
+
+    The bundled prompts follow, each as its own answer, for where answers are few.
     """
     source = run.settings()["eval_prompts"]
     asked = {prompt.id: prompt for prompt in prompts.load(source)}
@@ -112,14 +136,7 @@ def _sequences(run: runs.Run, tokenizer: "PreTrainedTokenizerBase", tokens: int)
     if not asked.keys() >= {answer.prompt_id for answer in answers}:
         raise DataError(f"prompts {source} are not those of {run.path}; restore the file")
     conversations = [_conversation(asked[a.prompt_id], a.text) for a in answers]
-    conversations += [_conversation(prompt, prompt.text) for prompt in prompts.load("heldout")]
-    sequences: list[list[int]] = []
-    for conversation in conversations:
-        ids = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)
-        sequences.append(list(ids["input_ids"]))
-        if sum(map(len, sequences)) > tokens and len(sequences) >= EXACT_SEQUENCES:
-            break
-    return sequences
+    return conversations + [_conversation(p, p.text) for p in prompts.load("heldout")]
 
 
 def _conversation(prompt: Prompt, answer: str) -> list[dict[str, str]]:
@@ -140,6 +157,13 @@ def _report(parity: dict[str, Any]) -> None:
         f"q8 against torch: KL {close['kl']:.4f} (at most {close['bounds']['kl']}), top-1 "
         f"{close['top1']:.4f} (at least {close['bounds']['top1']}) over {close['tokens']} tokens"
     )
+    if "reward" in parity:
+        exact, close = parity["reward"]["fp32"], parity["reward"]["q8"]
+        print(
+            f"reward model against torch: fp32 max |Δ| {max(exact['max_abs_delta'].values()):.1e} "
+            f"(at most {exact['bound']:.0e}), q8 Spearman {close['spearman']:.4f} (at least "
+            f"{close['bounds']['spearman']}) over {close['texts']} texts"
+        )
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:

@@ -39,11 +39,11 @@ def normalise(model: "onnx_ir.Model") -> "onnx_ir.Model":
         # An axis without a symbol keeps its number: heads, head size, vocabulary.
         axes = zip(_AXES[role], value.shape, strict=True)
         value.shape = onnx_ir.Shape([dim if axis is None else axis for axis, dim in axes])
-    _forget_symbols(model)
+    forget_symbols(model)
     return model
 
 
-def _forget_symbols(model: "onnx_ir.Model") -> None:
+def forget_symbols(model: "onnx_ir.Model") -> None:
     """Drop the tracer's symbols from the values inside, so that no reader meets two names for
     one axis."""
     for node in model.graph:

@@ -24,6 +24,9 @@ TEMPLATE = "chat_template.jinja"
 # Variants by the names that readers of ONNX models use; a graph's weights lie beside it.
 GRAPHS = {"fp32": "onnx/model.onnx", "q8": "onnx/model_quantized.onnx"}
 WEIGHTS_SUFFIX = "_data"
+# The reward model, where the bundle has one: config, tokenizer and template as above, and graphs.
+REWARD = "reward"
+REWARD_GRAPHS = {variant: f"{REWARD}/{graph}" for variant, graph in GRAPHS.items()}
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,24 @@ class Bundle:
         Raises:
             ConfigError: the bundle has no such variant; those that it has are listed.
         """
-        variants = self.manifest["variants"]
-        name = variant or self.manifest["default"]
+        return self._graph(self.manifest, variant)
+
+    def reward_graph(self, variant: str | None = None) -> Path:
+        """The graph of a variant of the bundle's reward model; of its default one likewise.
+
+        Raises:
+            MissingError: the bundle has no reward model.
+            ConfigError: the reward model has no such variant; those that it has are listed.
+        """
+        if "reward" not in self.manifest:
+            raise MissingError(
+                f"bundle {self.path} has no reward model and scores with the lexicon; export one "
+                f"with 'cai-export --merge-lora --reward DIR'"
+            )
+        return self._graph(self.manifest["reward"], variant)
+
+    def _graph(self, part: Mapping[str, Any], variant: str | None) -> Path:
+        variants, name = part["variants"], variant or part["default"]
         if name not in variants:
             raise ConfigError(
                 f"bundle {self.path} has no variant {name!r}; choose one of: {', '.join(variants)}"
@@ -96,13 +115,25 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(manifest.get(key), kind):
             raise _refused(path, f"{MANIFEST} has no proper {key!r}")
-    for name in (CONFIG, GENERATION, CONSTITUTION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE):
+    needed = [CONFIG, GENERATION, CONSTITUTION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE]
+    needed += manifest["variants"].values()
+    if "reward" in manifest:
+        needed += _of_reward(path, manifest["reward"])
+    for name in needed:
         if name not in manifest["files"]:
-            raise _refused(path, f"{MANIFEST} does not list {name}")
-    for graph in manifest["variants"].values():
-        if graph not in manifest["files"]:
-            raise _refused(path, f"{MANIFEST} does not list {json.dumps(graph)}")
+            raise _refused(path, f"{MANIFEST} does not list {json.dumps(name)}")
     return manifest
+
+
+def _of_reward(path: Path, reward: Any) -> list[Any]:
+    """The files that a reward model needs, by what the manifest says about it."""
+    kinds = {"variants": dict, "default": str, "labels": list}
+    if not isinstance(reward, dict) or not all(
+        isinstance(reward.get(key), kind) for key, kind in kinds.items()
+    ):
+        raise _refused(path, f"{MANIFEST} has no proper 'reward'")
+    names = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE)
+    return [*(f"{REWARD}/{name}" for name in names), *reward["variants"].values()]
 
 
 def _refused(path: Path, why: str) -> IntegrityError:

@@ -12,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from cai_scale.errors import DataError
-from cai_scale.records import Message
+from cai_scale.records import Message, read_json
 from cai_scale.runtime.bundle import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Bundle
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -25,9 +25,11 @@ class Chat:
     trimmed, `raise_exception` and `tojson` at hand.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.tokenizer = _tokenizer(bundle.path)
-        settings = bundle.json(TOKENIZER_CONFIG)
+    def __init__(self, bundle: Bundle, part: str = "") -> None:
+        """Read the tokenizer of a bundle, or of a `part` of it that has its own."""
+        folder = bundle.path / part
+        self.tokenizer = _tokenizer(folder)
+        settings = read_json(folder / TOKENIZER_CONFIG)
         self._special = {name: _text(settings[name]) for name in SPECIAL if settings.get(name)}
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
@@ -37,16 +39,23 @@ class Chat:
         )
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = time.strftime
-        self._template = environment.from_string((bundle.path / TEMPLATE).read_text("utf-8"))
+        self._template = environment.from_string((folder / TEMPLATE).read_text("utf-8"))
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a conversation that waits for the assistant's answer."""
+        return self._encode(messages, waiting=True)
+
+    def conversation(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation that ends with the assistant's answer."""
+        return self._encode(messages, waiting=False)
+
+    def _encode(self, messages: Sequence[Message], *, waiting: bool) -> list[int]:
         for message in messages:
             if any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
                 raise DataError(f"{message['content'][:40]!a}: not Unicode text; write it in UTF-8")
         try:
             text = self._template.render(
-                messages=list(messages), add_generation_prompt=True, **self._special
+                messages=list(messages), add_generation_prompt=waiting, **self._special
             )
         except TemplateError as error:
             raise DataError(f"the chat template refuses the conversation: {error}") from None
