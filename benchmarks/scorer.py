@@ -11,29 +11,10 @@ size that is best for it.
 
 import argparse
 import json
-import random
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import numpy as np
-import onnx_ir
-import torch
-from cai_export.quantise import quantise
-from cai_export.scorer import ACCURACY_LEVEL, trace_scorer
-from cai_export.scorer_parity import order_agreement, spearman
-
-from cai_scale import constitution, prompts
-from cai_scale.constitution import Constitution
-from cai_scale.critics.lexicon import LexiconCritic
-from cai_scale.runtime.reward import ScorerGraph, batches, pad, score_tokens
-from cai_scale.runs import versions
-from cai_scale.training.models import load_scorer, load_tokenizer
-from cai_scale.training.scorer import Scorer
 
 MODEL = "smollm2-135m-q4"
 FITTED, TIMED = 384, 256  # texts

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 from cai_scale.errors import CaiError, ConfigError, MissingError
@@ -20,6 +21,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see '{self.prog} --help'")
+
+    def add_bundle(self, *, instead: str | None = None, help: str = "") -> None:
+        """The flags of a command that opens a bundle, or takes the flag `instead` of one."""
+        choice = self.add_mutually_exclusive_group(required=True)
+        choice.add_argument("--bundle", type=Path, help="a folder that cai-export wrote")
+        if instead is not None:
+            choice.add_argument(instead, help=help)
+        self.add_argument(
+            "--expect-sha256",
+            metavar="HASH",
+            help="what cai-export printed for the bundle; any other bundle is refused",
+        )
 
 
 def one_line(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -34,20 +47,21 @@ def one_line(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except CaiError as error:
-            return _say(str(error), error.exit_code)
+            return complain(str(error), error.exit_code)
         except BrokenPipeError:  # the reader of our output, such as `head`, has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except OSError as error:  # a full disk, a name that is too long, no permission
             name = str(error.filename or "")[:100]
-            return _say(f"{error.strerror or error}: {name}; choose another file or folder", 2)
+            return complain(f"{error.strerror or error}: {name}; choose another file or folder", 2)
         except KeyboardInterrupt:
             return 130
 
     return wrapped
 
 
-def _say(message: str, exit_code: int) -> int:
+def complain(message: str, exit_code: int) -> int:
+    """Print one line on stderr; return the exit code."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(5)

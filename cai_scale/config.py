@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from cai_scale import critics, methods
+from cai_scale import critics, methods, rollout
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.prompts import HELDOUT, TRAIN
 from cai_scale.training import precision
@@ -50,6 +50,11 @@ class Config:
     precision: str = setting("job", "auto", "number format of the training", precision.NAMES)
     seed: int = setting("job", 0, "decides every random number", least=0)
 
+    sampler: str = setting(
+        "rollout", "auto", "what generates: transformers; onnx, an exported graph in fp32 or, with "
+        "onnx-q8, in 8 bits; auto takes onnx on a CPU where the architecture has a fused graph",
+        rollout.SAMPLERS,
+    )  # fmt: skip
     samples: int = setting("rollout", 8, "answers per prompt", least=2)
     temperatures: tuple[float, ...] = setting(
         "rollout", (0.7, 1.0), "temperatures, which take turns over a prompt's samples", least=0
@@ -57,7 +62,7 @@ class Config:
     top_p: float = setting("rollout", 0.95, "sample from this share of the probability")
     top_k: int = setting("rollout", 50, "sample from this many tokens", least=1)
     max_new_tokens: int = setting("rollout", 96, "longest answer, in tokens", least=1)
-    rollout_batch_size: int = setting("rollout", 32, "answers sampled at once on a rank", least=1)
+    rollout_batch_size: int = setting("rollout", 64, "answers sampled at once on a rank", least=1)
     revisions: int = setting("rollout", 1, "how often a poor answer is asked for again", least=0)
 
     margin: float = setting("pairs", 0.05, "smallest score gap of a pair", least=0)

@@ -91,9 +91,31 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksums(digests: Mapping[str, str]) -> str:
+    """The text of a file of SHA-256s by name, as `sha256sum --check` reads it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+
+
 def canonical(record: object) -> str:
     """One line of JSON: readable Unicode, no NaN."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """The JSON object that `content` holds.
+
+    Raises:
+        DataError: it is not UTF-8 or not a JSON object; the caller says where it stands.
+    """
+    try:
+        value = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON ({error}); mend it") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{type(value).__name__}, expected an object")
+    return value
 
 
 def read_jsonl(path: Path, *, torn_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -116,15 +138,9 @@ def read_jsonl(path: Path, *, torn_tail: bool = False) -> Iterator[tuple[int, di
             if not raw.strip():
                 continue
             try:
-                value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}: row {row}: not UTF-8 at byte {error.start}; save the file as UTF-8"
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}: row {row}: not JSON ({error}); mend that row") from None
-            if not isinstance(value, dict):
-                raise DataError(f"{path}: row {row}: {type(value).__name__}, expected an object")
+                value = parse_object(raw)
+            except DataError as error:
+                raise DataError(f"{path}: row {row}: {error}") from None
             yield row, value
 
 
@@ -155,8 +171,12 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write indented JSON; the file appears whole or not at all."""
     with replacing(path) as file:
-        json.dump(value, file, ensure_ascii=False, allow_nan=False, indent=2)
-        file.write("\n")
+        file.write(json_text(value))
+
+
+def json_text(value: object) -> str:
+    """Indented JSON, as files hold it: readable Unicode, no NaN."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:

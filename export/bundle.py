@@ -3,50 +3,70 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cai_scale.constitution import Constitution
+from cai_scale.errors import ConfigError
 from cai_scale.evaluation.protocol import DECODING
-from cai_scale.records import read_json, sha256, write_json
+from cai_scale.records import checksums, read_json, sha256, write_json
 from cai_scale.runs import Run, versions
 from cai_scale.runtime import bundle as layout
 
+from .genai import genai_config
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .merge import Merged
 
 LIBRARIES = ("cai-scale", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime")
+UNLIMITED = 10**9  # tokenizers that know no bound name a number above this
 
 
-def write_model_files(folder: Path, merged: "Merged") -> None:
-    """config, generation_config, tokenizer and chat template, for every reader."""
+def write_model_files(folder: Path, merged: "Merged", default: str) -> None:
+    """config, generation_config, genai_config, tokenizer and chat template, for every reader.
+
+    Args:
+        folder: holds the graphs already.
+        default: the variant that onnxruntime-genai loads where it is told no other.
+    """
     model, tokenizer = merged.model, merged.tokenizer
-    write_config(folder, model)
+    context = context_length(model.config, tokenizer)
+    write_config(folder, model, context)
     ends = model.generation_config.eos_token_id
     settings = {
         "bos_token_id": model.generation_config.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id if ends is None else ends,
         "pad_token_id": tokenizer.pad_token_id,
         "do_sample": True,
-        **asdict(DECODING),
+        "temperature": DECODING.temperature,
+        "top_p": DECODING.top_p,
+        "top_k": DECODING.top_k,
+        "max_new_tokens": DECODING.max_new_tokens,
     }
     write_json(folder / layout.GENERATION, settings)
     write_tokenizer(folder, tokenizer)
+    graph = folder / layout.GRAPHS[default]
+    write_json(folder / layout.GENAI, genai_config(graph, model.config, settings, context))
 
 
-def write_config(folder: Path, model: "PreTrainedModel") -> None:
-    """The model's configuration, as readers without its class need it."""
+def write_config(folder: Path, model: "PreTrainedModel", context: int) -> None:
+    """The model's configuration, as readers without its class need it.
+
+    Args:
+        folder: holds the graphs already.
+        context: the longest text in tokens.
+    """
     config = {
         key: value for key, value in model.config.to_dict().items() if not key.startswith("_")
     }
     config["architectures"] = [type(model).__name__]
     # Some architectures keep it under a name of their own (GPT-2: n_positions).
-    config["max_position_embeddings"] = model.config.max_position_embeddings
+    config["max_position_embeddings"] = context
+    config["transformers.js_config"] = {"use_external_data_format": sidecars(folder)}
     write_json(folder / layout.CONFIG, _plain(config))
 
 
@@ -58,9 +78,33 @@ def write_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     # The class that every version of transformers knows.
     described["tokenizer_class"] = "PreTrainedTokenizerFast"
     described["chat_template"] = tokenizer.chat_template
+    described["model_input_names"] = ["input_ids", "attention_mask"]  # the graph takes no others
     for key in ("backend", "is_local", "local_files_only", "name_or_path"):
         described.pop(key, None)
     write_json(folder / layout.TOKENIZER_CONFIG, described)
+
+
+def context_length(config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The longest prompt and answer together, in tokens, as the model or its tokenizer says.
+
+    Raises:
+        ConfigError: neither says.
+    """
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    found = [getattr(config, name, None) for name in names]
+    for length in [*found, tokenizer.model_max_length]:
+        if isinstance(length, int) and 0 < length < UNLIMITED:
+            return length
+    raise ConfigError(
+        f"the {config.model_type} model has no context length; set max_position_embeddings in its "
+        f"config.json"
+    )
+
+
+def sidecars(folder: Path) -> dict[str, int]:
+    """The graphs whose weights lie in one file beside them, as transformers.js must be told."""
+    graphs = sorted((folder / "onnx").glob("*.onnx"))
+    return {g.name: 1 for g in graphs if g.with_name(g.name + layout.WEIGHTS_SUFFIX).is_file()}
 
 
 def write_card(
@@ -96,7 +140,7 @@ def write_manifest(
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "model": config["settings"]["model"],
         "weights": config["weights"],
-        "run": {"name": run.path.name, "summary": sha256(run.summary)},
+        "run": {"name": run.path.name, "summary": sha256(run.summary), "chain": _chain(run)},
         "constitution": constitution.sha256,
         "variants": layout.GRAPHS,
         "default": default,
@@ -106,7 +150,15 @@ def write_manifest(
         "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
     }
     write_json(folder / layout.MANIFEST, manifest)
-    return sha256(folder / layout.MANIFEST)
+    digest = sha256(folder / layout.MANIFEST)
+    text = checksums({layout.MANIFEST: digest})
+    (folder / layout.MANIFEST_DIGEST).write_text(text, "utf-8", newline="\n")
+    return digest
+
+
+def _chain(run: Run) -> str | None:
+    """Older runs have none."""
+    return sha256(run.chain) if run.chain.is_file() else None
 
 
 def _plain(value: Any) -> Any:

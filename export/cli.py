@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         digest = export(run, aside, options.reward)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
+        run.keep_export(target / layout.MANIFEST, digest)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"bundle: {target}\nmanifest sha256: {digest}")
@@ -104,7 +105,7 @@ def export(run: runs.Run, folder: Path, reward: Path | None = None) -> str:
             status.update("exporting the reward model (a minute or two)")
             parity["reward"] = export_scorer(source, _answers(run), folder)
     _report(parity)
-    write_model_files(folder, merged)
+    write_model_files(folder, merged, default="q8")
     write_json(folder / layout.CONSTITUTION, constitution.data)
     write_json(folder / layout.PARITY, parity)
     write_card(folder, run, constitution, parity)

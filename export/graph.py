@@ -5,6 +5,8 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .windows import windows_in_tokens
+
 if TYPE_CHECKING:
     import onnx_ir
     from transformers import PreTrainedModel
@@ -13,24 +15,45 @@ if TYPE_CHECKING:
 def trace(model: "PreTrainedModel") -> "onnx_ir.Model":
     """The graph of `model`, with the names of transformers' exporter; see `normalise`.
 
-    The exporter's multi-token decode graph serves both purposes: an empty cache makes it a
-    prefill.
+    A step of several tokens after others serves both purposes: an empty cache makes it a prefill.
+    """
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    sample = _sample(model)
+    settings = OnnxConfig(dynamic=True, dynamic_shapes=_axes(sample))
+    # torch.onnx prints its progress.
+    with contextlib.redirect_stdout(io.StringIO()), windows_in_tokens():
+        return OnnxExporter().export(model, sample, settings).program
+
+
+def _sample(model: "PreTrainedModel") -> dict[str, Any]:
+    """Inputs of a step that follows others: two rows, one padded, and several tokens each, so
+    that no axis is taken for a constant.
+
+    The cache grows in every layer; the layers of a sliding window mask what they must not see.
     """
     import torch
-    from transformers.exporters import OnnxConfig, OnnxExporter
-    from transformers.exporters.utils import decompose_prefill_decode
+    from transformers import DynamicCache
 
-    # Any tokens do; two rows and several tokens, so that no axis is taken for a constant.
-    tokens = torch.arange(16).reshape(2, 8) % model.config.vocab_size
+    tokens = torch.arange(16).reshape(2, 8) % model.config.vocab_size  # any do
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
-    with contextlib.redirect_stdout(io.StringIO()):  # torch.onnx prints its progress
-        parts = decompose_prefill_decode(
-            model, {"input_ids": tokens, "attention_mask": mask}, multi_token_decode=True
+    positions = (mask.cumsum(1) - 1).clip(min=0)
+    cache = DynamicCache()
+    past, new = slice(None, 5), slice(5, None)
+    with torch.no_grad():
+        model(
+            input_ids=tokens[:, past],
+            attention_mask=mask[:, past],
+            position_ids=positions[:, past],
+            past_key_values=cache,
         )
-        decoder, sample = parts["decode"]
-        settings = OnnxConfig(dynamic=True, dynamic_shapes=_axes(sample))
-        return OnnxExporter().export(decoder, sample, settings).program
+    return {
+        "input_ids": tokens[:, new],
+        "attention_mask": mask,
+        "position_ids": positions[:, new],
+        "past_key_values": cache,
+    }
 
 
 def _axes(sample: Mapping[str, Any]) -> dict[str, Any]:

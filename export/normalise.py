@@ -40,7 +40,27 @@ def normalise(model: "onnx_ir.Model") -> "onnx_ir.Model":
         axes = zip(_AXES[role], value.shape, strict=True)
         value.shape = onnx_ir.Shape([dim if axis is None else axis for axis, dim in axes])
     forget_symbols(model)
+    split_gemms(model)
     return model
+
+
+def split_gemms(model: "onnx_ir.Model") -> None:
+    """x·W + b as two nodes: GPT-2's layers come as Gemm, which the quantiser does not know.
+
+    onnxruntime joins them again where nothing was quantised.
+    """
+    import onnx_ir
+    from onnx_ir.convenience import replace_nodes_and_values
+
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    for gemm in [node for node in model.graph if node.op_type == "Gemm"]:
+        if any(attribute.value != plain[name] for name, attribute in gemm.attributes.items()):
+            continue
+        left, right, *bias = gemm.inputs
+        nodes = [onnx_ir.node("MatMul", [left, right], name=gemm.name)]
+        if bias:
+            nodes.append(onnx_ir.node("Add", [*nodes[0].outputs, *bias], name=f"{gemm.name}_bias"))
+        replace_nodes_and_values(model.graph, gemm, [gemm], nodes, gemm.outputs, nodes[-1].outputs)
 
 
 def forget_symbols(model: "onnx_ir.Model") -> None:

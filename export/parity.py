@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from cai_scale.errors import GateError
 from cai_scale.runtime.bundle import Bundle
-from cai_scale.runtime.generate import Graph, Policy
+from cai_scale.runtime.generate import Policy
+from cai_scale.runtime.graph import Graph
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

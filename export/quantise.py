@@ -1,5 +1,6 @@
 """Quantise a graph's weights. Activations stay in fp32, so no row depends on its batch."""
 
+import contextlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,22 @@ def quantise(
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    model = onnx.load(str(graph))
-    quantizer = MatMulNBitsQuantizer(
-        model,
-        bits=BITS,
-        block_size=BLOCK,
-        is_symmetric=True,
-        accuracy_level=accuracy_level,
-        nodes_to_exclude=[node.name for node in model.graph.node if {*node.output} & {*keep}],
-    )
-    quantizer.process()
-    save(quantizer.model.model, target)
+    # The weights stay on disk, and the quantiser reads one matrix at a time. It looks for their
+    # file in the working folder.
+    model = onnx.load(str(graph), load_external_data=False)
+    with contextlib.chdir(graph.parent):
+        quantizer = MatMulNBitsQuantizer(
+            model,
+            bits=BITS,
+            block_size=BLOCK,
+            is_symmetric=True,
+            accuracy_level=accuracy_level,
+            nodes_to_exclude=[node.name for node in model.graph.node if {*node.output} & {*keep}],
+        )
+        quantizer.process()
+    model = quantizer.model.model
+    onnx.load_external_data_for_model(model, str(graph.parent))  # what is left of them
+    save(model, target)
 
 
 def save(model: Any, target: Path) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from cai_scale.runtime import bundle as layout
 from cai_scale.training.models import load_tokenizer
 
-from .bundle import write_config, write_tokenizer
-from .normalise import forget_symbols
+from .bundle import context_length, write_config, write_tokenizer
+from .normalise import forget_symbols, split_gemms
 from .quantise import quantise
 from .reward import Source, load
 from .scorer_parity import check_close, check_exact
@@ -54,7 +54,8 @@ def export_scorer(
     graph = trace_scorer(reward.model)
     onnx_ir.save(graph, fp32, external_data=fp32.name + layout.WEIGHTS_SUFFIX)
     quantise(fp32, q8, accuracy_level=ACCURACY_LEVEL, keep=["logits"])
-    write_config(folder / layout.REWARD, reward.model)
+    context = context_length(reward.model.config, tokenizer)
+    write_config(folder / layout.REWARD, reward.model, context)
     write_tokenizer(folder / layout.REWARD, tokenizer)
     return {
         "labels": list(source.labels),
@@ -97,4 +98,5 @@ def trace_scorer(model: "PreTrainedModel") -> "onnx_ir.Model":
         named = zip(AXES[value.name], value.shape, strict=True)
         value.shape = onnx_ir.Shape([size if name is None else name for name, size in named])
     forget_symbols(graph)
+    split_gemms(graph)
     return graph

@@ -12,6 +12,7 @@ import torch
 from cai_export import parity
 
 from cai_scale.errors import GateError, IntegrityError
+from cai_scale.records import sha256
 from cai_scale.runtime import bundle as layout
 from cai_scale.runtime.bundle import open_bundle
 from cai_scale.runtime.generate import Graph
@@ -83,7 +84,7 @@ def test_parity_holds_and_is_recorded(bundle: Path) -> None:
 def test_the_manifest_names_every_file(bundle: Path) -> None:
     manifest = json.loads((bundle / layout.MANIFEST).read_text())
     files = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()}
-    assert set(manifest["files"]) == files - {layout.MANIFEST}
+    assert set(manifest["files"]) == files - {layout.MANIFEST, layout.MANIFEST_DIGEST}
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
     assert open_bundle(bundle).graph().name == "model_quantized.onnx"
 
@@ -146,10 +147,10 @@ def test_a_manifest_that_points_outside_or_at_a_link_is_refused(copy: Path) -> N
     secret = copy.parent / "secret"
     secret.write_text("x")
     for name in ("../secret", str(secret)):
-        edit_manifest(copy, files=files | {name: layout.sha256(secret)})
+        edit_manifest(copy, files=files | {name: sha256(secret)})
         with pytest.raises(IntegrityError, match="points outside"):
             open_bundle(copy)
-    edit_manifest(copy, files=files | {"link": layout.sha256(secret)})
+    edit_manifest(copy, files=files | {"link": sha256(secret)})
     (copy / "link").symlink_to(secret)
     with pytest.raises(IntegrityError, match="is a link"):
         open_bundle(copy)

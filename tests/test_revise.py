@@ -1,14 +1,15 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cai_scale import constitution
+from cai_scale.critics.complaint import RevisionRules, complaint
 from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.ranks import Ranks
 from cai_scale.records import Completion, Prompt, Response
-from cai_scale.rollout.revise import RevisionRules, complaint, revise
+from cai_scale.rollout.revise import revise
 from cai_scale.rollout.sampler import Request
 
 CONSTITUTION = constitution.load()
@@ -57,10 +58,11 @@ class Reviser:
     def prompt_tokens(self, request: Request) -> int:
         return 1
 
-    def sample(self, batch: Sequence[Request]) -> list[Completion]:
-        self.asked.extend(batch)
-        text = self.texts[0] if len(self.texts) == 1 else self.texts.pop(0)
-        return [Completion(text, 9, True) for _ in batch]
+    def sample(self, batches: Sequence[Sequence[Request]]) -> Iterator[tuple[Request, Completion]]:
+        for batch in batches:
+            self.asked.extend(batch)
+            text = self.texts[0] if len(self.texts) == 1 else self.texts.pop(0)
+            yield from ((request, Completion(text, 9, True)) for request in batch)
 
 
 def run(tmp_path: Path, first: str, reviser: Reviser, **rules: Any) -> Response:

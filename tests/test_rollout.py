@@ -1,6 +1,6 @@
 """Sampling and collection, on a tiny model and on a fake."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,30 +33,33 @@ def sampler(tiny_model: Path) -> TransformersSampler:
 TEXTS = ["Why?", "How do I keep bread fresh for a week?", "Tell me about rain.", "Vì sao trời mưa?"]
 
 
+def answers(sampler: Any, *batch: Request) -> list[Completion]:
+    """The completions of one batch, in the order of its requests."""
+    found = {id(request): completion for request, completion in sampler.sample([batch])}
+    return [found[id(request)] for request in batch]
+
+
 def test_an_answer_does_not_depend_on_its_batch(sampler: TransformersSampler) -> None:
     requests = [request(text, temperature=t) for text in TEXTS for t in (0.7, 1.0)]
-    together = sampler.sample(requests)
-    assert [sampler.sample([r])[0] for r in requests] == together
-    assert sampler.sample(requests[::-1])[::-1] == together
+    together = answers(sampler, *requests)
+    assert [answers(sampler, r)[0] for r in requests] == together
+    assert answers(sampler, *requests[::-1])[::-1] == together
     # The control: any part of a request's identity gives other numbers, and another answer.
     for changes in ({"sample": 1}, {"round": 1}, {"seed": 4}, {"prompt_id": "other"}):
-        changed = sampler.sample([replace(r, **changes) for r in requests])
+        changed = answers(sampler, *(replace(r, **changes) for r in requests))
         assert changed != together, changes
 
 
 def test_temperature_zero_is_greedy_search(sampler: TransformersSampler) -> None:
     import torch
 
-    text = sampler._render(request(TEXTS[1]))
-    ids = sampler.tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    ids = torch.tensor([sampler._reader.tokens(request(TEXTS[1]))])
     with torch.inference_mode():
-        output = sampler.model.generate(**ids, do_sample=False, max_new_tokens=24)
-    expected = sampler.tokenizer.decode(
-        output[0, ids.input_ids.shape[1] :], skip_special_tokens=True
-    )
-    (found,) = sampler.sample([request(TEXTS[1], temperature=0.0)])
+        output = sampler.model.generate(ids, do_sample=False, max_new_tokens=24)
+    expected = sampler.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    (found,) = answers(sampler, request(TEXTS[1], temperature=0.0))
     assert found.text == expected.strip()
-    assert sampler.sample([request(TEXTS[1], temperature=1.0)])[0].text != found.text
+    assert answers(sampler, request(TEXTS[1], temperature=1.0))[0].text != found.text
 
 
 def test_completion_ends_at_the_end_token(sampler: TransformersSampler) -> None:
@@ -79,11 +82,12 @@ class FakeSampler:
     def prompt_tokens(self, request: Request) -> int:
         return len(request.messages[-1]["content"])
 
-    def sample(self, batch: Sequence[Request]) -> list[Completion]:
-        if self.fail_after is not None and len(self.asked) >= self.fail_after:
-            raise KeyboardInterrupt
-        self.asked.extend(batch)
-        return [Completion(f"{r.prompt_id}/{r.sample}", 5, True) for r in batch]
+    def sample(self, batches: Sequence[Sequence[Request]]) -> Iterator[tuple[Request, Completion]]:
+        for batch in batches:
+            if self.fail_after is not None and len(self.asked) >= self.fail_after:
+                raise KeyboardInterrupt
+            self.asked.extend(batch)
+            yield from ((r, Completion(f"{r.prompt_id}/{r.sample}", 5, True)) for r in batch)
 
 
 def make_requests(count: int = 10, samples: int = 3) -> list[Request]:
@@ -161,3 +165,34 @@ def test_ranks_share_the_batches(tmp_path: Path) -> None:
     assert not shared
     assert (len(zero.asked), len(one.asked)) == (16, 14)
     assert len([r for _, r in read_jsonl(path)]) == 30
+
+
+def test_the_onnx_sampler_answers_as_transformers_does(
+    tiny_model: Path, sampler: TransformersSampler, tmp_path: Path
+) -> None:
+    """Fifty prompts, greedy and sampled: the same tokens' text from the exported graph."""
+    from cai_export.policy import export_policy
+
+    from cai_scale import prompts
+    from cai_scale.rollout.onnx import OnnxSampler
+    from cai_scale.runtime.bundle import open_bundle
+    from cai_scale.runtime.generate import Policy
+
+    export_policy(str(tiny_model), None, tmp_path / "policy", ("fp32",))
+    onnx = OnnxSampler(
+        lambda: Policy(open_bundle(tmp_path / "policy")),
+        sampler.tokenizer,
+        max_new_tokens=24,
+        top_p=0.95,
+        top_k=50,
+        rows=16,
+    )
+    for temperature in (0.0, 0.8):
+        asked = [
+            request(prompt.text, temperature=temperature)
+            for prompt in prompts.load(prompts.TRAIN)[:50]
+        ]
+        assert answers(onnx, *asked) == answers(sampler, *asked)
+        assert answers(onnx, *(replace(r, seed=4) for r in asked)) != answers(sampler, *asked) or (
+            temperature == 0
+        )

@@ -74,7 +74,9 @@ def test_torch_and_graph_score_the_last_token_in_any_padding(exported: Any, left
     assert np.abs(graph.run(tokens, mask) - expected).max() < 1e-4
     # The control: transformers' pooling by the pad token, and its positions by the column.
     with torch.inference_mode():
-        pooled = model(torch.tensor(tokens), torch.tensor(mask)).logits.numpy()
+        pooled = model(
+            input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)
+        ).logits.numpy()
     assert np.abs(pooled - expected).max() > 0.1
 
 
@@ -108,7 +110,9 @@ class ColumnPositions(Scorer):
 
     def forward(self, input_ids: Any, attention_mask: Any) -> Any:
         columns = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        states = self.backbone(input_ids, attention_mask=attention_mask, position_ids=columns)
+        states = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=columns
+        )
         last = attention_mask.cumsum(-1).argmax(-1)
         rows = torch.arange(input_ids.shape[0])
         return {"logits": self.head(states.last_hidden_state[rows, last])}
@@ -236,21 +240,21 @@ def test_a_head_that_is_replaced_or_moves_is_caught(
     reward_run: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: merging as it goes wrong, with a fresh head and with other weights."""
-    from peft import PeftModel
+    from peft.tuners.lora import LoraModel
 
     source = reward.find(reward_run, trained)
-    merge = PeftModel.merge_and_unload
+    merge = LoraModel.merge_and_unload
 
     def fresh_head(self: Any, **options: Any) -> Any:
         merged = merge(self, **options)
-        merged.score.reset_parameters()
+        nn.init.normal_(merged.score.weight)
         return merged
 
     def no_adapter(self: Any, **options: Any) -> Any:
         return self.unload()
 
     for broken, said in ((fresh_head, "did not survive"), (no_adapter, "moved a reward")):
-        monkeypatch.setattr("peft.peft_model.PeftModel.merge_and_unload", broken, raising=False)
+        monkeypatch.setattr(LoraModel, "merge_and_unload", broken)
         with pytest.raises(GateError, match=said):
             reward.load(source, ROWS[:6])
 
@@ -351,7 +355,7 @@ def test_the_bundle_says_that_it_has_a_reward_model(scoring: Path) -> None:
 TEXTS = [("Why?", "Rain."), ("How?", "word " * 90), ("Xin chào", "Trời mưa."), ("a", "<|im_end|>")]
 
 
-@pytest.mark.parametrize(("variant", "bound"), [("fp32", 1e-3), (None, 0.3)])
+@pytest.mark.parametrize(("variant", "bound"), [("fp32", 1e-3), (None, 0.6)])
 def test_the_runtime_scores_as_torch_does(
     scoring: Path, reward_run: Path, trained: Any, variant: str | None, bound: float
 ) -> None:
@@ -412,10 +416,11 @@ def test_a_bundle_without_a_reward_model_says_so(bundle: Path) -> None:
     ("change", "said"),
     [
         ({"reward": []}, "no proper 'reward'"),
-        ({"reward": {"variants": {}, "default": "q8"}}, "no proper 'reward'"),
+        ({"reward": {"variants": {}, "default": "q8"}}, "no proper 'labels'"),
+        ({"reward": {"variants": {}, "default": "q8", "labels": []}}, "no variant 'q8'"),
         (
-            {"reward": {"variants": {"q8": "../x"}, "default": "q8", "labels": []}},
-            r"does not list \"../x\"",
+            {"reward": {"variants": {"q8": "../x.onnx"}, "default": "q8", "labels": []}},
+            r"does not list '../x\.onnx'",
         ),
     ],
 )

@@ -1,1 +1,3 @@
-"""Prompts become responses: sampling, revision, collection over ranks."""
+"""Prompts become answers: samplers, revision, collection over ranks."""
+
+SAMPLERS = ("auto", "transformers", "onnx", "onnx-q8")

@@ -6,21 +6,15 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING
 
 from cai_scale.errors import DataError
 from cai_scale.ranks import Ranks, wait_for
 from cai_scale.records import Prompt, Response, canonical, read_jsonl, read_records, write_jsonl
 from cai_scale.rollout.sampler import Request, Sampler, cut
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Key = tuple[str, int]
 
@@ -59,7 +53,7 @@ def collect(
 ) -> list[Response]:
     """Answer all requests and return the responses in the order of the requests.
 
-    Every rank appends its share, batch by batch, to a file of its own beside `product`; rank 0
+    Every rank appends its share, answer by answer, to a file of its own beside `product`; rank 0
     joins them when all are there. A second start skips the batches that are complete.
     """
     if not product.exists():
@@ -71,9 +65,13 @@ def collect(
             _join(parts, [(r.prompt_id, r.sample) for r in requests], product)
         wait_for(product)
     responses = read_records(product, lambda record: Response(**record))
-    if [(r.prompt_id, r.sample) for r in responses] != [(r.prompt_id, r.sample) for r in requests]:
+    if [_asked(response) for response in responses] != [_asked(request) for request in requests]:
         raise DataError(f"{product} does not hold the answers that were asked for; remove it")
     return responses
+
+
+def _asked(one: Request | Response) -> tuple[str, int, int, float]:
+    return one.prompt_id, one.sample, one.round, one.temperature
 
 
 def _work(
@@ -99,23 +97,32 @@ def _work(
     with own.open("a", encoding="utf-8") as file, _progress(ranks) as progress:
         task = progress.add_task(f"{title}{share}", total=sum(map(len, mine)), rate="")
         tokens = 0
-        for batch in mine:
-            for request, completion in zip(batch, sampler.sample(batch), strict=True):
-                response = Response(
-                    prompt_id=request.prompt_id,
-                    sample=request.sample,
-                    round=request.round,
-                    temperature=request.temperature,
-                    **asdict(completion),
-                )
-                file.write(canonical(asdict(response)) + "\n")
-                tokens += completion.tokens
+        for request, completion in sampler.sample(mine):
+            response = Response(
+                prompt_id=request.prompt_id,
+                sample=request.sample,
+                round=request.round,
+                temperature=request.temperature,
+                **asdict(completion),
+            )
+            file.write(canonical(asdict(response)) + "\n")
             file.flush()
+            tokens += completion.tokens
             elapsed = progress.tasks[0].elapsed or 1e-9
-            progress.update(task, advance=len(batch), rate=f"{tokens / elapsed:.0f} tokens/s")
+            progress.update(task, advance=1, rate=f"{tokens / elapsed:.0f} tokens/s")
 
 
-def _progress(ranks: Ranks) -> Progress:
+def _progress(ranks: Ranks) -> "Progress":
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -1,49 +1,19 @@
 """Revision: ask again where an answer is short, repetitive, or under a principle's floor."""
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from cai_scale.constitution import Constitution
 from cai_scale.critics import Critic
+from cai_scale.critics.complaint import RevisionRules, asking_again, complaint
 from cai_scale.ranks import Ranks
 from cai_scale.records import Prompt, Response, Score
 from cai_scale.rollout.collect import collect
 from cai_scale.rollout.sampler import Request, Sampler
 
-_WORD = re.compile(r"\w+")
 # The random numbers of a revision are those of a sample that no rollout asks for.
 _FIRST_SAMPLE = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class RevisionRules:
-    """When to ask again (the source's rules), and how often at most."""
-
-    min_words: int = 10
-    min_distinct: float = 0.5
-    floor: float = 0.5
-    tries: int = 1
-
-
-def complaint(
-    response: str, score: Score | None, constitution: Constitution, rules: RevisionRules, lang: str
-) -> str | None:
-    """What to ask for in place of `response`, or None where it may stay.
-
-    In this order: fewer than `min_words` words; distinct words ÷ words under `min_distinct`;
-    the first principle whose score is under `floor`.
-    """
-    words = [word.casefold() for word in _WORD.findall(response)]
-    if len(words) < rules.min_words:
-        return constitution.request("too_short", lang)
-    if len(set(words)) / len(words) < rules.min_distinct:
-        return constitution.request("repetitive", lang)
-    for principle in constitution.principles:
-        if score is not None and score.principles[principle.id] < rules.floor:
-            return constitution.request("below_floor", lang, principle)
-    return None
 
 
 def revise(
@@ -89,25 +59,25 @@ def revise(
             index = where[revision.prompt_id, revision.sample]
             prompt = prompt_of[revision.prompt_id]
             score = critic.score([prompt.text], [revision.text])[0]
-            if score is not None and _better(score, scores[index]):
+            if better(score, scores[index]):
                 best[index] = replace(revision, sample=best[index].sample, revised=True)
                 scores[index] = score
     return best
 
 
-def _better(new: Score, old: Score | None) -> bool:
-    return old is None or new.overall > old.overall
+def better(new: Score | None, old: Score | None) -> bool:
+    """Whether a revision takes the place of what it revised; an empty answer has no score."""
+    return new is not None and (old is None or new.overall > old.overall)
+
+
+def sample_of(revision: Response) -> int:
+    """The sample that a revision, as it is stored, was asked for in place of."""
+    return revision.sample % _FIRST_SAMPLE
 
 
 def _request(prompt: Prompt, response: Response, ask: str, seed: int, attempt: int) -> Request:
-    if response.text:
-        answer = {"role": "assistant", "content": response.text}
-        messages = (*prompt.messages, answer, {"role": "user", "content": ask})
-    else:  # chat templates differ in what they make of an empty answer: ask in one message
-        asked = {"role": "user", "content": f"{prompt.text}\n\n{ask}"}
-        messages = (*prompt.messages[:-1], asked)
     return Request(
-        messages=messages,
+        messages=asking_again(prompt.messages, response.text, ask),
         prompt_id=prompt.id,
         sample=response.sample + attempt * _FIRST_SAMPLE,
         round=response.round,

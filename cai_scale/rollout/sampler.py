@@ -1,7 +1,7 @@
 """Samplers: requests for an answer go in, texts come out. The random numbers are the request's."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,8 +33,8 @@ class Sampler(Protocol):
         """The length of a request's prompt, by which batches are cut."""
         ...
 
-    def sample(self, batch: Sequence[Request]) -> list[Completion]:
-        """One completion per request, in order."""
+    def sample(self, batches: Sequence[Sequence[Request]]) -> Iterator[tuple[Request, Completion]]:
+        """Answer the requests of batches that `cut` made, in any order, as they finish."""
         ...
 
 
@@ -45,8 +45,25 @@ def cut(sampler: Sampler, requests: Sequence[Request], size: int) -> list[list[R
     return [list(ordered[start : start + size]) for start in range(0, len(ordered), size)]
 
 
+class PromptReader:
+    """Reads a request as the model does: chat template and tokens, each prompt once."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.tokenizer = tokenizer
+        self._tokens: dict[tuple[str, ...], tuple[int, ...]] = {}
+
+    def tokens(self, request: Request) -> tuple[int, ...]:
+        key = tuple(message["content"] for message in request.messages)
+        if key not in self._tokens:
+            encoded = self.tokenizer.apply_chat_template(
+                list(request.messages), add_generation_prompt=True, return_dict=True
+            )
+            self._tokens[key] = tuple(encoded["input_ids"])
+        return self._tokens[key]
+
+
 class TransformersSampler:
-    """Samples with `generate`, left-padded."""
+    """Samples with `generate`, batch by batch, left-padded."""
 
     def __init__(
         self,
@@ -64,29 +81,28 @@ class TransformersSampler:
             max_new_tokens, top_p, top_k: see `runtime.sampling.Decoding`.
         """
         self._load_model, self.tokenizer = load_model, tokenizer
+        self._reader = PromptReader(tokenizer)
         self.max_new_tokens, self.top_p, self.top_k = max_new_tokens, top_p, top_k
-        self._lengths: dict[tuple[str, ...], int] = {}
 
     @functools.cached_property
     def model(self) -> "PreTrainedModel":
         return self._load_model()
 
     def prompt_tokens(self, request: Request) -> int:
-        key = tuple(message["content"] for message in request.messages)
-        if key not in self._lengths:
-            self._lengths[key] = len(self.tokenizer(self._render(request)).input_ids)
-        return self._lengths[key]
+        return len(self._reader.tokens(request))
 
-    def sample(self, batch: Sequence[Request]) -> list[Completion]:
+    def sample(self, batches: Sequence[Sequence[Request]]) -> Iterator[tuple[Request, Completion]]:
+        for batch in batches:
+            yield from zip(batch, self._sample(batch), strict=True)
+
+    def _sample(self, batch: Sequence[Request]) -> list[Completion]:
         import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
-        encoded = self.tokenizer(
-            [self._render(request) for request in batch],
+        encoded = self.tokenizer.pad(
+            {"input_ids": [list(self._reader.tokens(request)) for request in batch]},
             return_tensors="pt",
-            padding=True,
             padding_side="left",
-            add_special_tokens=False,
         ).to(self.model.device)
         width = encoded["input_ids"].shape[1]
         ends = self.model.generation_config.eos_token_id
@@ -106,12 +122,6 @@ class TransformersSampler:
             )
         stops = {ends} if isinstance(ends, int) else set(ends or ())
         return [self._completion(row, stops) for row in output[:, width:].tolist()]
-
-    def _render(self, request: Request) -> str:
-        text = self.tokenizer.apply_chat_template(
-            list(request.messages), tokenize=False, add_generation_prompt=True
-        )
-        return str(text)
 
     def _chooser(self, batch: Sequence[Request], width: int) -> "SeededChoice":
         numbers = [

@@ -1,21 +1,24 @@
 """The bundle folder: its file names, and the check that it is the one that was exported."""
 
-import json
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from cai_scale.constitution import Constitution
 from cai_scale.constitution import from_dict as constitution_from_dict
-from cai_scale.errors import ConfigError, DataError, IntegrityError, MissingError
-from cai_scale.records import read_json, sha256
+from cai_scale.errors import ConfigError, DataError, MissingError
+from cai_scale.records import parse_object, read_json
+from cai_scale.runtime.integrity import check, refused
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"  # beside it, as sha256sum reads it
 README = "README.md"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+GENAI = "genai_config.json"  # how onnxruntime-genai reads the graph; ours does not need it
 CONSTITUTION = "constitution.json"
 PARITY = "parity.json"
 TOKENIZER = "tokenizer.json"
@@ -27,6 +30,7 @@ WEIGHTS_SUFFIX = "_data"
 # The reward model, where the bundle has one: config, tokenizer and template as above, and graphs.
 REWARD = "reward"
 REWARD_GRAPHS = {variant: f"{REWARD}/{graph}" for variant, graph in GRAPHS.items()}
+SCORERS = ("lexicon", "reward")  # what a bundle scores with
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Bundle:
             MissingError: the bundle has no reward model.
             ConfigError: the reward model has no such variant; those that it has are listed.
         """
-        if "reward" not in self.manifest:
+        if self.manifest.get("scorer") != "reward":
             raise MissingError(
                 f"bundle {self.path} has no reward model and scores with the lexicon; export one "
                 f"with 'cai-export --merge-lora --reward DIR'"
@@ -74,67 +78,71 @@ class Bundle:
         return self.path / variants[name]
 
 
-def open_bundle(path: Path) -> Bundle:
+def open_bundle(path: Path, expect_sha256: str | None = None) -> Bundle:
     """Check every file of a bundle before any of them is used.
+
+    Args:
+        expect_sha256: the SHA-256 of the manifest, in hexadecimal, as the export printed it. It
+            pins the whole bundle: without it, files changed together with the manifest pass.
 
     Raises:
         MissingError: the folder is no bundle.
-        IntegrityError: a file is missing, is a link, lies outside the folder, or differs from
-            what was exported.
+        IntegrityError: the manifest is another one; a file is missing, is a link or a pickle,
+            lies outside the folder, or differs from what was exported.
     """
     if not (path / MANIFEST).is_file():
         raise MissingError(
             f"{path} is no bundle: it has no {MANIFEST}; make one with 'cai-export --merge-lora'"
         )
-    manifest = _read_manifest(path)
-    for name, digest in manifest["files"].items():
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name:
-            raise _refused(path, f"{name!r} points outside the folder")
-        file = path / name
-        if any(p.is_symlink() for p in (file, *file.parents) if p.is_relative_to(path)):
-            raise _refused(path, f"{name} is a link")
-        if not file.is_file():
-            raise _refused(path, f"{name} is missing")
-        if sha256(file) != digest:
-            raise _refused(path, f"{name} differs from what was exported")
+    manifest = _read_manifest(path, expect_sha256)
+    check(path, manifest["files"])
     bundle = Bundle(path, manifest)
     if bundle.constitution.sha256 != manifest["constitution"]:
-        raise _refused(path, f"{CONSTITUTION} is not the constitution that the manifest names")
+        raise refused(path, f"{CONSTITUTION} is not the constitution that the manifest names")
     return bundle
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path, expect_sha256: str | None) -> dict[str, Any]:
     try:
-        manifest = read_json(path / MANIFEST)
-    except DataError as error:
-        raise _refused(path, f"{MANIFEST} cannot be read ({error})") from None
+        content = (path / MANIFEST).read_bytes()
+        found = hashlib.sha256(content).hexdigest()
+        if expect_sha256 is not None and found != expect_sha256.strip().lower():
+            raise refused(path, f"{MANIFEST} has the SHA-256 {found}, expected {expect_sha256}")
+        manifest = parse_object(content)
+    except (OSError, DataError) as error:
+        raise refused(path, f"{MANIFEST} cannot be read ({error})") from None
     if manifest.get("schema") != SCHEMA:
-        raise _refused(path, f"{MANIFEST} has schema {manifest.get('schema')!r}, expected {SCHEMA}")
+        raise refused(path, f"{MANIFEST} has schema {manifest.get('schema')!r}, expected {SCHEMA}")
     kinds = {"files": dict, "variants": dict, "default": str, "constitution": str}
-    for key, kind in kinds.items():
-        if not isinstance(manifest.get(key), kind):
-            raise _refused(path, f"{MANIFEST} has no proper {key!r}")
+    _check_kinds(path, manifest, kinds)
+    scorer = manifest.get("scorer", "lexicon")
+    if scorer not in SCORERS:
+        raise refused(path, f"{MANIFEST} has no proper 'scorer'")
     needed = [CONFIG, GENERATION, CONSTITUTION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE]
-    needed += manifest["variants"].values()
-    if "reward" in manifest:
-        needed += _of_reward(path, manifest["reward"])
+    needed += _graphs(path, manifest)
+    if scorer == "reward":
+        _check_kinds(path, manifest, {"reward": dict})
+        reward = manifest["reward"]
+        _check_kinds(path, reward, {"variants": dict, "default": str, "labels": list})
+        needed += [f"{REWARD}/{n}" for n in (CONFIG, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE)]
+        needed += _graphs(path, reward)
     for name in needed:
         if name not in manifest["files"]:
-            raise _refused(path, f"{MANIFEST} does not list {json.dumps(name)}")
+            raise refused(path, f"{MANIFEST} does not list {name!a}")
     return manifest
 
 
-def _of_reward(path: Path, reward: Any) -> list[Any]:
-    """The files that a reward model needs, by what the manifest says about it."""
-    kinds = {"variants": dict, "default": str, "labels": list}
-    if not isinstance(reward, dict) or not all(
-        isinstance(reward.get(key), kind) for key, kind in kinds.items()
-    ):
-        raise _refused(path, f"{MANIFEST} has no proper 'reward'")
-    names = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE)
-    return [*(f"{REWARD}/{name}" for name in names), *reward["variants"].values()]
+def _check_kinds(path: Path, part: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(part.get(key), kind):
+            raise refused(path, f"{MANIFEST} has no proper {key!r}")
 
 
-def _refused(path: Path, why: str) -> IntegrityError:
-    return IntegrityError(f"bundle {path} refused: {why}; export it again")
+def _graphs(path: Path, part: Mapping[str, Any]) -> list[str]:
+    """The graphs of a part's variants, whose default must be one of them."""
+    for graph in part["variants"].values():
+        if not isinstance(graph, str) or not graph.endswith(".onnx"):
+            raise refused(path, f"{MANIFEST} has a variant {graph!a}, which is no .onnx file")
+    if part["default"] not in part["variants"]:
+        raise refused(path, f"{MANIFEST} has no variant {part['default']!a}, its default")
+    return list(part["variants"].values())

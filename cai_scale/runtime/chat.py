@@ -1,29 +1,22 @@
 """Chat templates and tokens without transformers."""
 
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from cai_scale.errors import DataError
 from cai_scale.records import Message, read_json
 from cai_scale.runtime.bundle import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Bundle
+from cai_scale.runtime.template import compile_template
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Chat:
-    """Renders a conversation as the model was trained to read it, and counts it in tokens.
-
-    The environment of the templates is the one that transformers documents: sandboxed, blocks
-    trimmed, `raise_exception` and `tojson` at hand.
-    """
+    """Renders a conversation as the model was trained to read it, and counts it in tokens."""
 
     def __init__(self, bundle: Bundle, part: str = "") -> None:
         """Read the tokenizer of a bundle, or of a `part` of it that has its own."""
@@ -31,34 +24,31 @@ class Chat:
         self.tokenizer = _tokenizer(folder)
         settings = read_json(folder / TOKENIZER_CONFIG)
         self._special = {name: _text(settings[name]) for name in SPECIAL if settings.get(name)}
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-            value, ensure_ascii=False, indent=indent
-        )
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = time.strftime
-        self._template = environment.from_string((folder / TEMPLATE).read_text("utf-8"))
+        self._template = compile_template((folder / TEMPLATE).read_text("utf-8"))
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation that waits for the assistant's answer."""
-        return self._encode(messages, waiting=True)
+    def render(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+        """A conversation as the model reads it; with `answer`, up to where its answer begins.
 
-    def conversation(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation that ends with the assistant's answer."""
-        return self._encode(messages, waiting=False)
-
-    def _encode(self, messages: Sequence[Message], *, waiting: bool) -> list[int]:
+        Raises:
+            DataError: a message is not Unicode text, or the template refuses the conversation.
+        """
         for message in messages:
             if any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
                 raise DataError(f"{message['content'][:40]!a}: not Unicode text; write it in UTF-8")
         try:
-            text = self._template.render(
-                messages=list(messages), add_generation_prompt=waiting, **self._special
+            return self._template.render(
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                add_generation_prompt=answer,
+                **self._special,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the chat template refuses the conversation: {error}") from None
+
+    def encode(self, messages: Sequence[Message], *, answer: bool = True) -> list[int]:
+        """The tokens of what `render` makes of a conversation."""
+        text = self.render(messages, answer=answer)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -74,7 +64,3 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 def _text(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)

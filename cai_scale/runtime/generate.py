@@ -1,81 +1,74 @@
-"""Generate with an exported graph: numpy and onnxruntime."""
+"""Generate with a bundle's language model: numpy and onnxruntime."""
 
+from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from cai_scale.errors import DataError, IntegrityError
 from cai_scale.records import Completion, Message
 from cai_scale.runtime.bundle import CONFIG, GENERATION, Bundle
+from cai_scale.runtime.cache import open_cache
 from cai_scale.runtime.chat import Chat
-from cai_scale.runtime.sampling import Decoding, choose, top, uniforms
+from cai_scale.runtime.graph import FusedGraph, Graph
+from cai_scale.runtime.sampling import Decoding, choose, penalise, top, uniforms
+from cai_scale.runtime.text import GrowingText
 
-Array = NDArray[Any]
+ROWS = 32
+ADMITTED_TOKENS = 1024  # of prompts, read in one step: running answers do not wait longer for them
 
 
-class Graph:
-    """A policy graph: tokens and a cache go in, logits and the longer cache come out.
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One answer to generate; (seed, round, id, sample) decides its random numbers.
 
-    It is masked and takes `position_ids`, so rows may be padded on either side.
+    `tokens` are the prompt's.
     """
 
-    def __init__(self, path: Path) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        inputs = self.session.get_inputs()
-        self._cache = {i.name: i.shape for i in inputs if i.name.startswith("past_key_values.")}
-        self._outputs = [o.name for o in self.session.get_outputs()]
+    tokens: tuple[int, ...]
+    decoding: Decoding
+    id: str
+    seed: int = 0
+    sample: int = 0
+    round: int = 0
 
-    def empty_cache(self, rows: int) -> dict[str, Array]:
-        """A cache of no tokens: [rows, heads, 0, head size] for each input."""
-        return {
-            name: np.zeros((rows, shape[1], 0, shape[3]), np.float32)
-            for name, shape in self._cache.items()
-        }
+    @property
+    def room(self) -> int:
+        """The tokens that prompt and answer may take together."""
+        return len(self.tokens) + self.decoding.max_new_tokens
 
-    def run(
-        self, input_ids: Array, attention_mask: Array, cache: dict[str, Array]
-    ) -> tuple[Array, dict[str, Array]]:
-        """One step.
 
-        Args:
-            input_ids: [rows, new tokens], int64.
-            attention_mask: [rows, cached + new tokens], int64; 0 marks padding.
-            cache: from `empty_cache` or the step before.
+@dataclass(frozen=True)
+class Piece:
+    """What one step brought for one request.
 
-        Returns:
-            Logits [rows, new tokens, vocabulary] in float32, and the cache with the new tokens.
-        """
-        positions = np.clip(np.cumsum(attention_mask, axis=1) - 1, 0, None)
-        values = self.session.run(
-            self._outputs,
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "position_ids": positions[:, -input_ids.shape[1] :],
-                **cache,
-            },
-        )
-        outputs = dict(zip(self._outputs, values, strict=True))
-        logits = outputs.pop("logits")
-        return logits, {
-            name.replace("present.", "past_key_values.", 1): value
-            for name, value in outputs.items()
-        }
+    `text` is new text, perhaps none; `completion` is the whole answer, at the last piece.
+    """
+
+    index: int
+    text: str
+    completion: Completion | None = None
 
 
 class Policy:
     """A bundle's language model."""
 
-    def __init__(self, bundle: Bundle, variant: str | None = None) -> None:
-        graph = bundle.graph(variant)
+    def __init__(self, bundle: Bundle, variant: str | None = None, *, threads: int = 0) -> None:
+        """
+        Args:
+            variant: the bundle's own choice where None.
+            threads: of the graph; 0 takes every core.
+
+        Raises:
+            IntegrityError: a file of the bundle cannot be loaded.
+            ConfigError: the bundle has no such variant.
+        """
+        fused, contract = bundle.fused(variant), bundle.graph(variant)
         try:
-            self._load(bundle, graph)
+            self.graph = FusedGraph(fused, threads) if fused else Graph(contract, threads)
+            self._load(bundle)
         except Exception as error:  # each reader raises its own kinds
             reason = " ".join(str(error).split())[:200]
             raise IntegrityError(
@@ -83,13 +76,11 @@ class Policy:
                 f"export it again"
             ) from None
 
-    def _load(self, bundle: Bundle, graph: Path) -> None:
-        self.graph = Graph(graph)
+    def _load(self, bundle: Bundle) -> None:
         self.chat = Chat(bundle)
         settings = bundle.json(GENERATION)
         ends = settings["eos_token_id"]
-        self.stops = [ends] if isinstance(ends, int) else list(ends)
-        self.pad = settings["pad_token_id"]
+        self.stops = frozenset([ends] if isinstance(ends, int) else ends)
         self.longest = int(bundle.json(CONFIG)["max_position_embeddings"])
         self.decoding = Decoding(
             temperature=settings["temperature"],
@@ -97,6 +88,24 @@ class Policy:
             top_k=settings["top_k"],
             max_new_tokens=settings["max_new_tokens"],
         )
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that the model cannot answer.
+
+        Raises:
+            DataError: the prompt is empty, holds a token that the model does not know, or
+                leaves no room for the answer.
+        """
+        if not request.tokens:
+            raise DataError("the prompt has no tokens; write one")
+        if not 0 <= min(request.tokens) <= max(request.tokens) < self.graph.vocabulary:
+            raise DataError(f"a token lies outside the model's {self.graph.vocabulary}")
+        if request.room > self.longest:
+            raise DataError(
+                f"a prompt of {len(request.tokens)} tokens and an answer of "
+                f"{request.decoding.max_new_tokens} exceed the model's {self.longest}; shorten "
+                f"the prompt or the answer"
+            )
 
     def answer(
         self,
@@ -106,7 +115,7 @@ class Policy:
         seed: int = 0,
         ids: Sequence[str] | None = None,
     ) -> list[Completion]:
-        """Answer a batch of conversations.
+        """Answer conversations, in order.
 
         Args:
             decoding: the bundle's own where None.
@@ -116,47 +125,150 @@ class Policy:
         Raises:
             DataError: a conversation leaves no room for the answer.
         """
-        decoding = decoding or self.decoding
-        prompts = [self.chat.encode(messages) for messages in conversations]
-        for prompt in prompts:
-            if not prompt:
-                raise DataError("the chat template renders nothing; export the bundle again")
-            if len(prompt) + decoding.max_new_tokens > self.longest:
-                raise DataError(
-                    f"a prompt of {len(prompt)} tokens and an answer of {decoding.max_new_tokens} "
-                    f"exceed the model's {self.longest}; shorten the prompt or the answer"
-                )
         names = ids or [messages[-1]["content"] for messages in conversations]
-        numbers = np.stack([uniforms(seed, name, 0, decoding.max_new_tokens) for name in names])
-        return [self._answer(tokens) for tokens in self._generate(prompts, decoding, numbers)]
+        requests = [
+            Request(
+                tokens=tuple(self.chat.encode(messages)),
+                decoding=decoding or self.decoding,
+                id=name,
+                seed=seed,
+            )
+            for messages, name in zip(conversations, names, strict=True)
+        ]
+        return self.complete(requests)
 
-    def _generate(
-        self, prompts: list[list[int]], decoding: Decoding, numbers: NDArray[np.float64]
-    ) -> list[list[int]]:
-        rows, width = len(prompts), max(map(len, prompts))
-        tokens = np.full((rows, width), self.pad, np.int64)
-        mask = np.zeros((rows, width), np.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, width - len(prompt) :] = prompt
-            mask[row, width - len(prompt) :] = 1
-        temperature = np.full(rows, decoding.temperature)
-        cache = self.graph.empty_cache(rows)
-        written: list[list[int]] = [[] for _ in range(rows)]
-        for step in range(decoding.max_new_tokens):
-            logits, cache = self.graph.run(tokens, mask, cache)
-            columns = top(logits[:, -1], 1 if decoding.temperature == 0 else decoding.top_k)
-            values = np.take_along_axis(logits[:, -1], columns, axis=1)
-            choice = choose(values, numbers[:, step], temperature, decoding.top_p)
-            tokens = np.take_along_axis(columns, choice[:, None], axis=1)
-            mask = np.concatenate([mask, np.ones((rows, 1), np.int64)], axis=1)
-            for row, token in enumerate(tokens[:, 0].tolist()):
-                if not written[row] or written[row][-1] not in self.stops:
-                    written[row].append(token)
-            if all(row[-1] in self.stops for row in written):
+    def complete(self, requests: Sequence[Request], rows: int = ROWS) -> list[Completion]:
+        """Answer requests, at most `rows` of them at a time, in order."""
+        generator = Generator(self, rows)
+        for request in requests:
+            generator.add(request)
+        done: dict[int, Completion] = {}
+        while generator.busy:
+            for piece in generator.step():
+                if piece.completion is not None:
+                    done[piece.index] = piece.completion
+        return [done[index] for index in range(len(requests))]
+
+
+@dataclass
+class _Row:
+    """A request that is being answered."""
+
+    index: int
+    request: Request
+    numbers: NDArray[np.float64]
+    text: GrowingText
+    written: list[int] = field(default_factory=list)
+
+    @property
+    def newest(self) -> int:
+        """The token that the graph has not read yet."""
+        return self.written[-1] if self.written else self.request.tokens[-1]
+
+
+class Generator:
+    """Continuous batching: the place of a finished request is taken by the next one.
+
+    A request's answer does not depend on what else is in the batch. Not thread-safe.
+    """
+
+    def __init__(self, policy: Policy, rows: int = ROWS) -> None:
+        self.policy, self.rows = policy, rows
+        self._cache = open_cache(policy.graph, rows)
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._running: list[_Row] = []
+        self._added = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, request: Request) -> int:
+        """Queue a request; return the index by which its pieces are known.
+
+        Raises:
+            DataError: the model cannot answer it; see `Policy.check`.
+        """
+        self.policy.check(request)
+        self._waiting.append((self._added, request))
+        self._added += 1
+        return self._added - 1
+
+    def cancel(self, index: int) -> None:
+        """Forget a request, whether it waits or runs; nothing happens where it is done."""
+        self._waiting = deque(item for item in self._waiting if item[0] != index)
+        for place, row in enumerate(self._running):
+            if row.index == index:
+                self._drop(place)
                 break
-        return written
 
-    def _answer(self, tokens: list[int]) -> Completion:
-        finished = tokens[-1] in self.stops
-        kept = tokens[:-1] if finished else tokens
-        return Completion(self.chat.decode(kept), len(kept), finished)
+    def step(self) -> list[Piece]:
+        """Let waiting requests in where there is room, and bring every answer one token on."""
+        self._admit()
+        if not self._running:
+            return []
+        logits = self._cache.step(np.array([row.newest for row in self._running], np.int64))
+        tokens = self._choose(logits).tolist()
+        pieces = [self._write(row, token) for row, token in zip(self._running, tokens, strict=True)]
+        for place in reversed(range(len(pieces))):
+            if pieces[place].completion is not None:
+                self._drop(place)
+        return pieces
+
+    def _admit(self) -> None:
+        new: list[tuple[int, Request]] = []
+        tokens = 0
+        while self._waiting and len(self._running) + len(new) < self.rows:
+            tokens += len(self._waiting[0][1].tokens)
+            if new and tokens > ADMITTED_TOKENS:
+                break
+            new.append(self._waiting.popleft())
+        if not new:
+            return
+        room = max(request.room for _, request in new)
+        # A prompt's last token is fed by the first step, like every later one.
+        self._cache.prefill([request.tokens[:-1] for _, request in new], room)
+        for index, r in new:
+            count = r.decoding.max_new_tokens
+            numbers = uniforms(r.seed, r.id, r.sample, count, round=r.round)
+            text = GrowingText(self.policy.chat.tokenizer, r.decoding.stop)
+            self._running.append(_Row(index, r, numbers, text))
+
+    def _choose(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        settings = [row.request.decoding for row in self._running]
+        for place, (row, decoding) in enumerate(zip(self._running, settings, strict=True)):
+            if decoding.repetition_penalty != 1:
+                seen = [*row.request.tokens, *row.written]
+                penalise(logits[place], seen, decoding.repetition_penalty)
+        temperature = np.array([decoding.temperature for decoding in settings])
+        top_k = np.where(temperature > 0, [decoding.top_k for decoding in settings], 1)
+        columns = top(logits, int(top_k.max()))
+        choice = choose(
+            np.take_along_axis(logits, columns, axis=1),
+            np.array([row.numbers[len(row.written)] for row in self._running]),
+            temperature,
+            np.array([decoding.top_p for decoding in settings]),
+            top_k=top_k,
+            min_p=np.array([decoding.min_p for decoding in settings]),
+        )
+        return np.take_along_axis(columns, choice[:, None], axis=1)[:, 0]
+
+    def _write(self, row: _Row, token: int) -> Piece:
+        """Take a row's new token: a piece of text, or the end."""
+        ended = token in self.policy.stops
+        text = ""
+        if not ended:
+            row.written.append(token)
+            text = row.text.feed(token)
+        ended = ended or row.text.stopped
+        if not ended and len(row.written) < row.request.decoding.max_new_tokens:
+            return Piece(row.index, text)
+        whole = row.text.text.strip() if row.text.stopped else self.policy.chat.decode(row.written)
+        text += row.text.finish(whole)
+        return Piece(row.index, text, Completion(whole, len(row.written), ended))
+
+    def _drop(self, place: int) -> None:
+        self._cache.drop(place)
+        last = self._running.pop()
+        if place < len(self._running):
+            self._running[place] = last

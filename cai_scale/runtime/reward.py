@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from cai_scale.errors import DataError, IntegrityError
 from cai_scale.runtime.bundle import CONFIG, REWARD, Bundle
 from cai_scale.runtime.chat import Chat
+from cai_scale.runtime.graph import open_session
 
 BATCH_TOKENS = 2048  # with padding; more is no faster on a CPU, and holds more memory
 
@@ -23,9 +23,7 @@ class ScorerGraph:
     """
 
     def __init__(self, path: Path) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        self._session = open_session(path)
 
     def run(self, input_ids: NDArray[Any], attention_mask: NDArray[Any]) -> NDArray[np.float32]:
         """Logits, [rows, labels].
@@ -80,9 +78,8 @@ class RewardModel:
         Raises:
             DataError: they are more than the model reads, or not Unicode text.
         """
-        tokens = self.chat.conversation(
-            ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
-        )
+        messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
+        tokens = self.chat.encode(messages, answer=False)
         if not 0 < len(tokens) <= self.longest:
             raise DataError(
                 f"response {response[:40]!r} and its prompt have {len(tokens)} tokens, the reward "

@@ -5,10 +5,16 @@ and on nothing else: not on the batch, the rank or the number of ranks.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cai_scale.errors import ConfigError
+
+COLDEST = 1e-6  # lower temperatures choose as this one does, without an overflow
+Floats = float | NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,13 +22,34 @@ class Decoding:
     """How answers are sampled.
 
     A temperature of 0 takes the most likely token. Otherwise a token is drawn from the `top_k`
-    most likely ones, cut to the smallest set that holds `top_p` of their probability.
+    most likely ones, cut to the smallest set that holds `top_p` of their probability and to
+    those at least `min_p` times as likely as the likeliest. A `repetition_penalty` above 1 makes
+    tokens of the prompt and the answer so far less likely (Keskar et al., 2019, CTRL, section
+    4.1). The answer ends before the first of the `stop` strings.
     """
 
     temperature: float
     top_p: float
     top_k: int
     max_new_tokens: int
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": self.temperature >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 1,
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+            "stop": all(self.stop),
+        }
+        for name, inside in bounds.items():
+            value = getattr(self, name)
+            if not inside or (isinstance(value, float) and not np.isfinite(value)):
+                raise ConfigError(f"{name}: {value!r} is out of range; see --help")
 
 
 def uniforms(
@@ -38,7 +65,10 @@ def choose(
     logits: NDArray[np.float32],
     numbers: NDArray[np.float64],
     temperature: NDArray[np.float64],
-    top_p: float,
+    top_p: Floats,
+    *,
+    top_k: NDArray[np.int64] | None = None,
+    min_p: Floats = 0.0,
 ) -> NDArray[np.int64]:
     """Invert the cumulative distribution of each row at its number.
 
@@ -46,20 +76,34 @@ def choose(
         logits: [rows, k], the k largest logits of each row in descending order.
         numbers: [rows], uniform in [0, 1).
         temperature: [rows], at least 0; 0 chooses column 0.
-        top_p: in (0, 1].
+        top_p: in (0, 1], one for all or [rows].
+        top_k: [rows], at least 1: how many of the k columns count; all of them where None.
+        min_p: in [0, 1], one for all or [rows].
 
     Returns:
         [rows], columns of `logits`.
     """
-    scaled = logits.astype(np.float64) / np.where(temperature > 0, temperature, 1.0)[:, None]
+    warmth = np.where(temperature > 0, np.maximum(temperature, COLDEST), 1.0)
+    scaled = logits.astype(np.float64) / warmth[:, None]
     weights = np.exp(scaled - scaled[:, :1])
+    if top_k is not None:
+        weights[np.arange(logits.shape[1]) >= top_k[:, None]] = 0.0
+    # The likeliest has weight 1; later columns weigh less, so a cut leaves a prefix.
+    weights[weights < np.reshape(min_p, (-1, 1))] = 0.0
     cumulative = np.cumsum(weights, axis=1)
-    total = cumulative[:, -1]
     # The nucleus: up to and including the first column at which `top_p` of the mass is reached.
-    last = np.sum(cumulative < top_p * total[:, None], axis=1).clip(max=logits.shape[1] - 1)
+    mass_wanted = np.reshape(top_p, (-1, 1)) * cumulative[:, -1:]
+    last = np.sum(cumulative < mass_wanted, axis=1).clip(max=logits.shape[1] - 1)
     mass = np.take_along_axis(cumulative, last[:, None], axis=1)[:, 0]
     column = np.sum(cumulative <= (numbers * mass)[:, None], axis=1).clip(max=last)
     return np.where(temperature > 0, column, 0)
+
+
+def penalise(logits: NDArray[np.float32], seen: Sequence[int], penalty: float) -> None:
+    """Make the tokens in `seen` less likely, in place; `logits` is one row, [vocabulary]."""
+    tokens = np.unique(np.asarray(seen, np.int64))
+    values = logits[tokens]
+    logits[tokens] = np.where(values > 0, values / penalty, values * penalty)
 
 
 def top(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:

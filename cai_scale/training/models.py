@@ -13,12 +13,12 @@ from cai_scale.training.aliases import ALIASES, cache, convert, packaged
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # One plain template for models that bring none (GPT-2); it travels with the bundle.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{{ message['role'].capitalize() }}: {{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
@@ -98,9 +98,8 @@ def check_prompts(model: str, prompts: Sequence[Prompt], new_tokens: int) -> Non
         DataError: a prompt leaves no room for an answer of `new_tokens`.
     """
     from jinja2 import TemplateError
-    from transformers import AutoConfig
 
-    room = getattr(_load(AutoConfig, model), "max_position_embeddings", None) or float("inf")
+    room = getattr(load_config(model), "max_position_embeddings", None) or float("inf")
     tokenizer = load_tokenizer(model)
     if tokenizer.eos_token is None:
         raise ConfigError(f"model {model} has no end token; set eos_token in its tokenizer")
@@ -120,6 +119,13 @@ def check_prompts(model: str, prompts: Sequence[Prompt], new_tokens: int) -> Non
                 f"prompt {prompt.id}: {len(tokens)} tokens and an answer of {new_tokens} exceed "
                 f"the model's {room}; shorten the prompt"
             )
+
+
+def load_config(model: str) -> "PretrainedConfig":
+    """The model's configuration, without its weights."""
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, model)
 
 
 def load_model(model: str, dtype: "torch.dtype") -> "PreTrainedModel":

@@ -1,0 +1,84 @@
+"""The two graphs of a policy, as onnxruntime sessions on the CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def open_session(path: Path, threads: int = 0) -> ort.InferenceSession:
+    """A session on the CPU; `threads` 0 takes every core."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class Graph:
+    """The contract graph: tokens and a cache go in, logits and the longer cache come out.
+
+    It is masked and takes `position_ids`, so rows may be padded on either side.
+    """
+
+    positioned = True
+
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        self.session = open_session(path, threads)
+        inputs = self.session.get_inputs()
+        # [heads, head size] of each tensor of the cache, by the name of its input
+        self.cache_shapes = {
+            i.name: (int(i.shape[1]), int(i.shape[3]))
+            for i in inputs
+            if i.name.startswith("past_key_values.")
+        }
+        self.output_names = [o.name for o in self.session.get_outputs()]
+        self.vocabulary = int(self.session.get_outputs()[0].shape[2])
+
+    def empty_cache(self, rows: int) -> dict[str, Array]:
+        """A cache of no tokens: [rows, heads, 0, head size] for each input."""
+        return {
+            name: np.zeros((rows, heads, 0, size), np.float32)
+            for name, (heads, size) in self.cache_shapes.items()
+        }
+
+    def run(
+        self, input_ids: Array, attention_mask: Array, cache: dict[str, Array]
+    ) -> tuple[Array, dict[str, Array]]:
+        """One step.
+
+        Args:
+            input_ids: [rows, new tokens], int64.
+            attention_mask: [rows, cached + new tokens], int64; 0 marks padding.
+            cache: from `empty_cache` or the step before.
+
+        Returns:
+            Logits [rows, new tokens, vocabulary] in float32, and the cache with the new tokens.
+        """
+        feed = {"input_ids": input_ids, "attention_mask": attention_mask, **cache}
+        if self.positioned:
+            positions = np.clip(np.cumsum(attention_mask, axis=1) - 1, 0, None)
+            feed["position_ids"] = positions[:, -input_ids.shape[1] :]
+        values = self.session.run(self.output_names, feed)
+        outputs = dict(zip(self.output_names, values, strict=True))
+        logits = outputs.pop("logits")
+        return logits, {past_name(name): value for name, value in outputs.items()}
+
+
+class FusedGraph(Graph):
+    """The same model with fused attention, for speed.
+
+    It counts the ones of a row's mask and takes them for the row's first tokens: rows must be
+    packed to the right of nothing, that is, padded on the right. Left-padded rows are wrong.
+    It writes into a cache longer than the tokens so far, in place (see `cache.FusedCache`).
+    """
+
+    positioned = False
+
+
+def past_name(name: str) -> str:
+    """The input that takes what the output `present.N.key` gives."""
+    return name.replace("present.", "past_key_values.", 1)
