@@ -16,10 +16,11 @@ def policy_bundle() -> Any:
     """The default model in fp32, 8 and 4 bits, exported at the first need and kept in runs/."""
     from cai_export.policy import export_policy
 
+    from cai_scale import constitution
     from cai_scale.runtime.bundle import MANIFEST, open_bundle
 
     if not (BUNDLE / MANIFEST).is_file():
-        export_policy(MODEL, None, BUNDLE, ("fp32", "q8", "q4"))
+        export_policy(MODEL, None, BUNDLE, ("fp32", "q8", "q4"), constitution.load())
     return open_bundle(BUNDLE)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir
 import torch
+from cai_export import weights
 from cai_export.quantise import quantise
-from cai_export.scorer import ACCURACY_LEVEL, trace_scorer
+from cai_export.scorer import trace_scorer
 from cai_export.scorer_parity import order_agreement, spearman
 from common import MODEL, in_turn, seconds, write
 
@@ -88,8 +88,9 @@ def fit(model: Any, texts: Texts, targets: np.ndarray) -> None:
 def compare(model: Any, texts: Texts, targets: Sequence[float], folder: Path) -> dict[str, Any]:
     """Times in seconds for all texts, each contestant at its best batch size, and agreement."""
     paths = {"fp32": folder / "model.onnx", "q8": folder / "model_quantized.onnx"}
-    onnx_ir.save(trace_scorer(model), paths["fp32"], external_data="model.onnx_data")
-    quantise(paths["fp32"], paths["q8"], accuracy_level=ACCURACY_LEVEL, keep=["logits"])
+    graph = trace_scorer(model)
+    weights.save({paths["fp32"]: graph})
+    weights.save(dict(zip([paths["q8"]], quantise([graph], 8), strict=True)))
     contestants: dict[str, Score] = {"torch fp32": torch_scores(Scorer(model))}
     for name, path in paths.items():
         contestants[f"onnx {name}"] = graph_scores(ScorerGraph(path))

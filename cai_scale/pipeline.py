@@ -150,7 +150,7 @@ def _policy(job: Job, adapter: Path | None, folder: Path) -> Policy:
     except FileExistsError:
         ranks.wait_for(folder)
     else:
-        export_policy(job.config.model, adapter, folder, (variant,))
+        export_policy(job.config.model, adapter, folder, (variant,), job.constitution)
     return Policy(open_bundle(folder), threads=ranks.threads(job.ranks))
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +21,21 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .merge import Merged
+    from .variants import Variant
 
-LIBRARIES = ("cai-scale", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime")
+LIBRARIES = (
+    *("cai-scale", "torch", "transformers", "peft"),
+    *("onnx", "onnxscript", "onnxruntime", "onnxruntime-genai"),
+)
 UNLIMITED = 10**9  # tokenizers that know no bound name a number above this
 
 
-def write_model_files(folder: Path, merged: "Merged", default: str) -> None:
+def write_model_files(folder: Path, merged: "Merged", graph: Path) -> None:
     """config, generation_config, genai_config, tokenizer and chat template, for every reader.
 
     Args:
         folder: holds the graphs already.
-        default: the variant that onnxruntime-genai loads where it is told no other.
+        graph: what onnxruntime-genai loads where it is told no other.
     """
     model, tokenizer = merged.model, merged.tokenizer
     context = context_length(model.config, tokenizer)
@@ -48,9 +52,8 @@ def write_model_files(folder: Path, merged: "Merged", default: str) -> None:
         "max_new_tokens": DECODING.max_new_tokens,
     }
     write_json(folder / layout.GENERATION, settings)
-    write_tokenizer(folder, tokenizer)
-    graph = folder / layout.GRAPHS[default]
     write_json(folder / layout.GENAI, genai_config(graph, model.config, settings, context))
+    write_tokenizer(folder, tokenizer)
 
 
 def write_config(folder: Path, model: "PreTrainedModel", context: int) -> None:
@@ -108,7 +111,11 @@ def sidecars(folder: Path) -> dict[str, int]:
 
 
 def write_card(
-    folder: Path, run: Run, constitution: Constitution, parity: Mapping[str, Any]
+    folder: Path,
+    run: Run,
+    constitution: Constitution,
+    parity: Mapping[str, Any],
+    variants: Sequence["Variant"],
 ) -> None:
     """The model card: where the model comes from, what was measured, what it is not good for."""
     environment = Environment(
@@ -116,7 +123,7 @@ def write_card(
     )
     text = environment.get_template("card.md.jinja").render(
         summary=read_json(run.summary), config=read_json(run.config), constitution=constitution,
-        parity=parity, run=run.path.name,
+        parity=parity, variants=variants, run=run.path.name,
     )  # fmt: skip
     (folder / layout.README).write_text(text, "utf-8")
 
@@ -125,12 +132,15 @@ def write_manifest(
     folder: Path,
     run: Run,
     constitution: Constitution,
+    variants: Mapping[str, Mapping[str, str]],
     default: str,
     reward: Mapping[str, Any] | None = None,
 ) -> str:
     """Name every file with its SHA-256, last of all; return the manifest's own.
 
     Args:
+        variants: by name, the files of their graphs, as in `layout.VARIANTS`.
+        default: the variant that is used where none is named.
         reward: what the manifest says about the bundle's reward model, where it has one.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -142,7 +152,7 @@ def write_manifest(
         "weights": config["weights"],
         "run": {"name": run.path.name, "summary": sha256(run.summary), "chain": _chain(run)},
         "constitution": constitution.sha256,
-        "variants": layout.GRAPHS,
+        "variants": variants,
         "default": default,
         "scorer": "lexicon" if reward is None else "reward",
         **({} if reward is None else {"reward": reward}),

@@ -1,9 +1,12 @@
 """Trace a causal language model into one ONNX graph that both prefills and decodes."""
 
 import contextlib
+import functools
 import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .windows import windows_in_tokens
 
@@ -20,10 +23,63 @@ def trace(model: "PreTrainedModel") -> "onnx_ir.Model":
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     sample = _sample(model)
-    settings = OnnxConfig(dynamic=True, dynamic_shapes=_axes(sample))
+    settings = OnnxConfig(dynamic=True, dynamic_shapes=_axes(sample), optimize=False)
     # torch.onnx prints its progress.
     with contextlib.redirect_stdout(io.StringIO()), windows_in_tokens():
-        return OnnxExporter().export(model, sample, settings).program
+        graph = OnnxExporter().export(model, sample, settings).program
+    simplify(graph)
+    return graph
+
+
+def simplify(model: "onnx_ir.Model") -> None:
+    """Fold what is constant and drop what is unused, in place.
+
+    torch's own optimiser does this too, and then tries hundreds of patterns on every node, which
+    takes half of the whole export; onnxruntime has its own.
+    """
+    from onnx_ir.passes import Sequential, common
+    from onnxscript.optimizer import fold_constants
+
+    common.InlinePass()(model)
+    _lay_out_weights(model)
+    fold_constants(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
+    Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+    )(model)
+
+
+def _lay_out_weights(model: "onnx_ir.Model") -> None:
+    """Keep weights as the products read them, [in, out]; transposed when they are written.
+
+    What else reads a weight keeps it as it is: an embedding, which a tied head reads transposed.
+    """
+    import onnx_ir
+
+    for node in [node for node in model.graph if node.op_type == "Transpose"]:
+        weight = node.inputs[0]
+        if weight is None or not weight.is_initializer() or len(weight.uses()) > 1:
+            continue
+        tensor = weight.const_value
+        if tensor is None or len(tensor.shape) != 2 or node.attributes["perm"].value == (0, 1):
+            continue
+        shape = onnx_ir.Shape(reversed(tensor.shape.dims))
+        weight.const_value = onnx_ir.LazyTensor(
+            functools.partial(_transposed, tensor), tensor.dtype, shape=shape, name=weight.name
+        )
+        weight.shape = shape
+        node.outputs[0].replace_all_uses_with(weight)
+        model.graph.remove(node, safe=True)
+
+
+def _transposed(tensor: "onnx_ir.TensorProtocol") -> "onnx_ir.Tensor":
+    import onnx_ir
+
+    return onnx_ir.Tensor(np.ascontiguousarray(tensor.numpy().T), name=tensor.name)
 
 
 def _sample(model: "PreTrainedModel") -> dict[str, Any]:

@@ -1,61 +1,137 @@
-"""Quantise a graph's weights. Activations stay in fp32, so no row depends on its batch."""
+"""Graphs with their weights at few bits: the products of matrices and the embedding."""
 
-import contextlib
-from collections.abc import Collection
-from pathlib import Path
-from typing import Any
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from cai_scale.runtime.bundle import WEIGHTS_SUFFIX
+import numpy as np
 
-BITS = 8
-BLOCK = 32
+from .rounding import BLOCK, Array, quantise_matrix
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+ACCURACY_LEVEL = 4  # of a product: each row's activations at 8 bits, in blocks; 0 keeps fp32
+HEAD_BITS = 8  # the head chooses the token, and the embedding is often the same matrix
+DOMAIN = "com.microsoft"
 
 
 def quantise(
-    graph: Path, target: Path, *, accuracy_level: int = 0, keep: Collection[str] = ()
-) -> None:
-    """Write `graph` with its matrix products at 8 bits, symmetric, in blocks of 32.
-
-    The product with the vocabulary keeps fp32 where it shares its weights with the embedding.
+    models: Sequence["onnx_ir.Model"],
+    bits: int,
+    method: str = "nearest",
+    *,
+    accuracy_level: int = ACCURACY_LEVEL,
+) -> list["onnx_ir.Model"]:
+    """Quantised copies of graphs of one model; a matrix that they share is rounded once.
 
     Args:
-        accuracy_level: of MatMulNBits: 0 multiplies in fp32; 4 rounds each token's activations to
-            8 bits too, in blocks of their own, which is faster over many tokens.
-        keep: outputs whose product stays in fp32.
+        bits: 4 or 8; the head and the embedding take 8, rounded to nearest.
+        method: one of `rounding.METHODS`.
+        accuracy_level: of the products, 0 or 4.
     """
-    import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    # The weights stay on disk, and the quantiser reads one matrix at a time. It looks for their
-    # file in the working folder.
-    model = onnx.load(str(graph), load_external_data=False)
-    with contextlib.chdir(graph.parent):
-        quantizer = MatMulNBitsQuantizer(
-            model,
-            bits=BITS,
-            block_size=BLOCK,
-            is_symmetric=True,
-            accuracy_level=accuracy_level,
-            nodes_to_exclude=[node.name for node in model.graph.node if {*node.output} & {*keep}],
-        )
-        quantizer.process()
-    model = quantizer.model.model
-    onnx.load_external_data_for_model(model, str(graph.parent))  # what is left of them
-    save(model, target)
+    quantiser = _Quantiser(bits, method, accuracy_level)
+    return [quantiser.copy(model) for model in models]
 
 
-def save(model: Any, target: Path) -> None:
-    """Write a graph with its weights in a sidecar beside it."""
-    import onnx
+class _Quantiser:
+    def __init__(self, bits: int, method: str, accuracy_level: int) -> None:
+        self.bits, self.method, self.accuracy_level = bits, method, accuracy_level
+        self._done: dict[tuple[str, int], list[Array]] = {}
 
-    sidecar = target.name + WEIGHTS_SUFFIX
-    onnx.save(
-        model,
-        str(target),
-        save_as_external_data=True,
-        location=sidecar,
-        all_tensors_to_one_file=True,
-        size_threshold=1024,
-    )
-    # onnx makes the sidecar readable to its owner alone; the graph beside it is not.
-    target.with_name(sidecar).chmod(target.stat().st_mode)
+    def copy(self, model: "onnx_ir.Model") -> "onnx_ir.Model":
+        from onnx_ir.convenience import replace_nodes_and_values
+        from onnx_ir.passes import common
+
+        copied = model.clone()
+        graph = copied.graph
+        graph.opset_imports[DOMAIN] = 1
+        for node in list(graph):
+            new = None
+            if node.op_type == "MatMul":
+                new = self._product(graph, node)
+            elif node.op_type == "Gather" and node.inputs[1] in graph.inputs:
+                new = self._lookup(graph, node)
+            if new is not None:
+                replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+        common.RemoveUnusedNodesPass()(copied)
+        return copied
+
+    def _product(self, graph: "onnx_ir.Graph", node: "onnx_ir.Node") -> "onnx_ir.Node | None":
+        """x·W of a constant W, which may stand transposed in the graph."""
+        weight, transposed = _constant(node.inputs[1])
+        if weight is None:
+            return None
+        array = _array(weight)
+        array = array.T if transposed else array
+        head = node.outputs[0].name == "logits"
+        bits, method = (HEAD_BITS, "nearest") if head else (self.bits, self.method)
+        rows, columns = array.shape
+        sizes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK}
+        constants = _initialise(graph, weight, self._quantised(array, bits, method))
+        settings = {**sizes, "accuracy_level": self.accuracy_level}
+        return _node("MatMulNBits", [node.inputs[0], *constants], settings, node.name)
+
+    def _lookup(self, graph: "onnx_ir.Graph", node: "onnx_ir.Node") -> "onnx_ir.Node | None":
+        """A token's row of a constant embedding: the head's blocks where it is tied."""
+        weight, transposed = _constant(node.inputs[0])
+        if weight is None or transposed or _array(weight).shape[1] % BLOCK:
+            return None
+        array = _array(weight)
+        packed, scales = self._quantised(array.T, HEAD_BITS, "nearest")
+        rows, scales = _initialise(graph, weight, [packed.reshape(array.shape), scales], "rows")
+        sizes = {"bits": HEAD_BITS, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        return _node("GatherBlockQuantized", [rows, node.inputs[1], scales], sizes, node.name)
+
+    def _quantised(self, array: Array, bits: int, method: str) -> list[Array]:
+        key = hashlib.sha256(array.tobytes()).hexdigest(), bits
+        if key not in self._done:
+            self._done[key] = quantise_matrix(array, bits, method)
+        return self._done[key]
+
+
+def _constant(value: "onnx_ir.Value | None") -> "tuple[onnx_ir.Value | None, bool]":
+    """The constant matrix that a value is, and whether it is that matrix transposed."""
+    if value is None:
+        return None, False
+    producer = value.producer()
+    transposed = producer is not None and producer.op_type == "Transpose"
+    source = producer.inputs[0] if producer is not None and transposed else value
+    if source is None or not source.is_initializer() or source.const_value is None:
+        return None, False
+    return (source, transposed) if len(source.const_value.shape) == 2 else (None, False)
+
+
+def _array(weight: "onnx_ir.Value") -> Array:
+    return np.asarray(weight.const_value)
+
+
+def _initialise(
+    graph: "onnx_ir.Graph", weight: "onnx_ir.Value", arrays: Sequence[Array], form: str = "blocks"
+) -> list["onnx_ir.Value"]:
+    """The arrays as constants of the graph, named after the weight; once, if asked again."""
+    import onnx_ir
+
+    values = []
+    for role, array in zip((form, "scales", "zero_points"), arrays, strict=False):
+        name = f"{weight.name}.{role}"
+        if name not in graph.initializers:
+            tensor = onnx_ir.Tensor(array, name=name)
+            graph.register_initializer(
+                onnx_ir.Value(
+                    name=name,
+                    shape=tensor.shape,
+                    type=onnx_ir.TensorType(tensor.dtype),
+                    const_value=tensor,
+                )
+            )
+        values.append(graph.initializers[name])
+    return values
+
+
+def _node(
+    kind: str, inputs: Sequence["onnx_ir.Value | None"], settings: dict[str, Any], name: str | None
+) -> "onnx_ir.Node":
+    import onnx_ir
+
+    return onnx_ir.node(kind, inputs, settings, domain=DOMAIN, name=name)

@@ -2,13 +2,14 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_scale.runtime import bundle as layout
 from cai_scale.training.models import load_tokenizer
 
+from . import weights
 from .bundle import context_length, write_config, write_tokenizer
 from .normalise import forget_symbols, split_gemms
 from .quantise import quantise
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXACT_TEXTS, CLOSE_TEXTS = 12, 128
-# Activations in 8 bits, by blocks of a token: a scorer reads whole texts at once, where that is
-# faster. It moves scores less than a gate of their order would see.
-ACCURACY_LEVEL = 4
 AXES = {
     "input_ids": ("batch_size", "sequence_length"),
     "attention_mask": ("batch_size", "sequence_length"),
@@ -41,19 +39,17 @@ def export_scorer(
     Raises:
         CaiError: the reward model cannot be loaded, or a gate does not hold.
     """
-    import onnx_ir
-
     tokenizer = load_tokenizer(source.model)
     sequences = [
         list(tokenizer.apply_chat_template(list(messages), return_dict=True)["input_ids"])
         for messages in conversations[:CLOSE_TEXTS]
     ]
     reward = load(source, sequences[:EXACT_TEXTS])
-    fp32, q8 = (folder / layout.REWARD_GRAPHS[variant] for variant in ("fp32", "q8"))
-    fp32.parent.mkdir(parents=True)
     graph = trace_scorer(reward.model)
-    onnx_ir.save(graph, fp32, external_data=fp32.name + layout.WEIGHTS_SUFFIX)
-    quantise(fp32, q8, accuracy_level=ACCURACY_LEVEL, keep=["logits"])
+    fp32, q8 = (folder / layout.REWARD_VARIANTS[name]["graph"] for name in ("fp32", "q8"))
+    fp32.parent.mkdir(parents=True)
+    weights.save({fp32: graph})
+    weights.save(dict(zip([q8], quantise([graph], 8), strict=True)))
     context = context_length(reward.model.config, tokenizer)
     write_config(folder / layout.REWARD, reward.model, context)
     write_tokenizer(folder / layout.REWARD, tokenizer)
@@ -68,10 +64,20 @@ def export_scorer(
 def describe(source: Source) -> dict[str, Any]:
     """What the manifest says about the bundle's reward model."""
     return {
-        "variants": layout.REWARD_GRAPHS,
+        "variants": layout.REWARD_VARIANTS,
         "default": "q8",
         "labels": list(source.labels),
     }
+
+
+def report(parity: Mapping[str, Any]) -> str:
+    """One line of what `export_scorer` measured."""
+    worst = max(parity["fp32"]["max_abs_delta"].values())
+    close = parity["q8"]
+    return (
+        f"reward model: fp32 max |Δ score| {worst:.1e}; q8 Spearman {close['spearman']:.4f}, order "
+        f"{close['order']:.4f} over {close['texts']} texts"
+    )
 
 
 def trace_scorer(model: "PreTrainedModel") -> "onnx_ir.Model":

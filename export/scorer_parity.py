@@ -1,6 +1,7 @@
 """The gate of a scorer: its graphs must score and order texts as the reward model does."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from cai_scale.errors import GateError
 from cai_scale.runtime.reward import ScorerGraph, pad
 
-from .parity import CASES, MAX_DELTA, Case
+from .parity import MAX_DELTA
 from .reward import scores
 
 if TYPE_CHECKING:
@@ -21,6 +22,19 @@ Array = NDArray[np.float32]
 MIN_SPEARMAN = 0.99  # quantised against torch, for each label
 MIN_ORDER = 0.95  # of all pairs of texts, in the same order
 MIN_TEXTS = 100
+BATCH = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the rows of a batch lie: alone, or together and padded on one side."""
+
+    name: str
+    rows: int
+    left: bool
+
+
+CASES = (Case("alone", 1, True), Case("left", BATCH, True), Case("right", BATCH, False))
 
 
 def check_exact(

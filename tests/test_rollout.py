@@ -173,12 +173,12 @@ def test_the_onnx_sampler_answers_as_transformers_does(
     """Fifty prompts, greedy and sampled: the same tokens' text from the exported graph."""
     from cai_export.policy import export_policy
 
-    from cai_scale import prompts
+    from cai_scale import constitution, prompts
     from cai_scale.rollout.onnx import OnnxSampler
     from cai_scale.runtime.bundle import open_bundle
     from cai_scale.runtime.generate import Policy
 
-    export_policy(str(tiny_model), None, tmp_path / "policy", ("fp32",))
+    export_policy(str(tiny_model), None, tmp_path / "policy", ("fp32",), constitution.load())
     onnx = OnnxSampler(
         lambda: Policy(open_bundle(tmp_path / "policy")),
         sampler.tokenizer,

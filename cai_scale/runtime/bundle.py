@@ -1,7 +1,8 @@
 """The bundle folder: its file names, and the check that it is the one that was exported."""
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,21 @@ PARITY = "parity.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
-# Variants by the names that readers of ONNX models use; a graph's weights lie beside it.
-GRAPHS = {"fp32": "onnx/model.onnx", "q8": "onnx/model_quantized.onnx"}
+CHAT = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE)
+# A variant's graphs, as the manifest names them: the contract by the names that readers of ONNX
+# models use, and where there is one the fused graph, which has its weights in the same sidecar.
+VARIANTS = {
+    "fp32": {"graph": "onnx/model.onnx", "fused": "onnx/fused.onnx"},
+    "fp16": {"graph": "onnx/model_fp16.onnx"},
+    "q8": {"graph": "onnx/model_quantized.onnx", "fused": "onnx/fused_quantized.onnx"},
+    "q4": {"graph": "onnx/model_q4.onnx", "fused": "onnx/fused_q4.onnx"},
+}
 WEIGHTS_SUFFIX = "_data"
 # The reward model, where the bundle has one: config, tokenizer and template as above, and graphs.
 REWARD = "reward"
-REWARD_GRAPHS = {variant: f"{REWARD}/{graph}" for variant, graph in GRAPHS.items()}
+REWARD_VARIANTS = {
+    name: {"graph": f"{REWARD}/{VARIANTS[name]['graph']}"} for name in ("fp32", "q8")
+}
 SCORERS = ("lexicon", "reward")  # what a bundle scores with
 
 
@@ -48,12 +58,21 @@ class Bundle:
         return read_json(self.path / name)
 
     def graph(self, variant: str | None = None) -> Path:
-        """The graph of a variant; of the bundle's default one where none is named.
+        """The contract graph of a variant; of the bundle's default one where none is named.
 
         Raises:
             ConfigError: the bundle has no such variant; those that it has are listed.
         """
-        return self._graph(self.manifest, variant)
+        return self.path / self._variant(self.manifest, variant)["graph"]
+
+    def fused(self, variant: str | None = None) -> Path | None:
+        """The fused graph of a variant, for rows padded on the right; None where it has none.
+
+        Raises:
+            ConfigError: as of `graph`.
+        """
+        name = self._variant(self.manifest, variant).get("fused")
+        return None if name is None else self.path / name
 
     def reward_graph(self, variant: str | None = None) -> Path:
         """The graph of a variant of the bundle's reward model; of its default one likewise.
@@ -67,15 +86,15 @@ class Bundle:
                 f"bundle {self.path} has no reward model and scores with the lexicon; export one "
                 f"with 'cai-export --merge-lora --reward DIR'"
             )
-        return self._graph(self.manifest["reward"], variant)
+        return self.path / self._variant(self.manifest["reward"], variant)["graph"]
 
-    def _graph(self, part: Mapping[str, Any], variant: str | None) -> Path:
+    def _variant(self, part: Mapping[str, Any], variant: str | None) -> Mapping[str, str]:
         variants, name = part["variants"], variant or part["default"]
         if name not in variants:
             raise ConfigError(
                 f"bundle {self.path} has no variant {name!r}; choose one of: {', '.join(variants)}"
             )
-        return self.path / variants[name]
+        return dict(variants[name])
 
 
 def open_bundle(path: Path, expect_sha256: str | None = None) -> Bundle:
@@ -113,22 +132,16 @@ def _read_manifest(path: Path, expect_sha256: str | None) -> dict[str, Any]:
         raise refused(path, f"{MANIFEST} cannot be read ({error})") from None
     if manifest.get("schema") != SCHEMA:
         raise refused(path, f"{MANIFEST} has schema {manifest.get('schema')!r}, expected {SCHEMA}")
-    kinds = {"files": dict, "variants": dict, "default": str, "constitution": str}
-    _check_kinds(path, manifest, kinds)
-    scorer = manifest.get("scorer", "lexicon")
-    if scorer not in SCORERS:
+    _check_kinds(path, manifest, {"files": dict, "constitution": str})
+    _check_files(path, manifest, [CONFIG, GENERATION, CONSTITUTION, *CHAT])
+    _check_variants(path, manifest, manifest["files"])
+    if manifest.get("scorer", "lexicon") not in SCORERS:
         raise refused(path, f"{MANIFEST} has no proper 'scorer'")
-    needed = [CONFIG, GENERATION, CONSTITUTION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE]
-    needed += _graphs(path, manifest)
-    if scorer == "reward":
+    if manifest.get("scorer") == "reward":
         _check_kinds(path, manifest, {"reward": dict})
-        reward = manifest["reward"]
-        _check_kinds(path, reward, {"variants": dict, "default": str, "labels": list})
-        needed += [f"{REWARD}/{n}" for n in (CONFIG, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE)]
-        needed += _graphs(path, reward)
-    for name in needed:
-        if name not in manifest["files"]:
-            raise refused(path, f"{MANIFEST} does not list {name!a}")
+        _check_kinds(path, manifest["reward"], {"labels": list})
+        _check_files(path, manifest, [f"{REWARD}/{name}" for name in (CONFIG, *CHAT)])
+        _check_variants(path, manifest["reward"], manifest["files"])
     return manifest
 
 
@@ -138,11 +151,25 @@ def _check_kinds(path: Path, part: Mapping[str, Any], kinds: Mapping[str, type])
             raise refused(path, f"{MANIFEST} has no proper {key!r}")
 
 
-def _graphs(path: Path, part: Mapping[str, Any]) -> list[str]:
-    """The graphs of a part's variants, whose default must be one of them."""
-    for graph in part["variants"].values():
-        if not isinstance(graph, str) or not graph.endswith(".onnx"):
-            raise refused(path, f"{MANIFEST} has a variant {graph!a}, which is no .onnx file")
+def _check_files(path: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in manifest["files"]:
+            raise refused(path, f"{MANIFEST} does not list {name}")
+
+
+def _check_variants(path: Path, part: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    _check_kinds(path, part, {"variants": dict, "default": str})
+    for variant, graphs in part["variants"].items():
+        _check_variant(path, variant, graphs, files)
     if part["default"] not in part["variants"]:
         raise refused(path, f"{MANIFEST} has no variant {part['default']!a}, its default")
-    return list(part["variants"].values())
+
+
+def _check_variant(path: Path, variant: str, graphs: Any, files: Mapping[str, str]) -> None:
+    if not isinstance(graphs, dict) or not {"graph"} <= graphs.keys() <= {"graph", "fused"}:
+        raise refused(path, f"{MANIFEST} has no proper variant {variant!a}")
+    for graph in graphs.values():
+        if not isinstance(graph, str) or graph not in files:
+            raise refused(path, f"{MANIFEST} does not list {json.dumps(graph)}")
+        if not graph.endswith(".onnx"):
+            raise refused(path, f"{MANIFEST} has a variant {graph!a}, which is no .onnx file")

@@ -19,5 +19,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("deepspeed", "DeepSpeed", "trl", "accelerate", "torch", "onnxruntime", "onnx_ir"):
+    training = ("deepspeed", "DeepSpeed", "trl", "accelerate", "torch")
+    for name in (*training, "onnxruntime", "onnx_ir", "onnxscript", "neural_compressor"):
         logging.getLogger(name).setLevel(logging.ERROR)

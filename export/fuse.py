@@ -1,0 +1,92 @@
+"""The fused graph: the same model by onnxruntime-genai's builder, with attention as one node.
+
+It is faster, and right only for rows padded on the right (GroupQueryAttention counts a row's
+tokens from its mask's sum), so it lies beside the contract graph and never replaces it.
+"""
+
+import contextlib
+import copy
+import io
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx_ir
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# The builder's class for each architecture whose fused graph was seen to answer as torch does.
+BUILDERS = {
+    "LlamaForCausalLM": "LlamaModel",
+    "MistralForCausalLM": "MistralModel",
+    "Qwen2ForCausalLM": "QwenModel",
+    "Qwen3ForCausalLM": "Qwen3Model",
+}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.MatMul.weight"
+
+
+def knows(config: "PretrainedConfig") -> bool:
+    """Whether there is a fused graph for an architecture, as far as its name says."""
+    return any(name in BUILDERS for name in config.architectures or ())
+
+
+def fuse(model: "PreTrainedModel") -> "onnx_ir.Model | None":
+    """The fused graph of `model`, in fp32, its weights still those in memory.
+
+    None where the builder does not know the architecture, or a setting of it.
+    """
+    name = BUILDERS.get(type(model).__name__)
+    if name is None:
+        return None
+    import onnx_ir
+
+    # The builder's modules import each other by way of this one.
+    import onnxruntime_genai.models  # noqa: F401
+    from onnxruntime_genai.models import builders
+
+    config = copy.deepcopy(model.config)  # the builder writes into it
+    config.architectures = [type(model).__name__]
+    fp32 = onnx_ir.DataType.FLOAT
+    # Queries, keys and values apart, so that the contract graph has the same weights.
+    options = {"disable_qkv_fusion": True}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        try:
+            builder = getattr(builders, name)(config, fp32, fp32, "cpu", "", options)
+            builder.load_weights = lambda _: model  # instead of reading them from a folder
+            builder.make_model("")
+        except NotImplementedError:
+            return None
+    graph = builder.model.graph
+    graph.sort()
+    _leave_out_unnamed(graph)
+    if config.tie_word_embeddings:
+        _tie(graph)
+    _fix_axes(graph, builder.head_size)
+    return builder.model
+
+
+def _leave_out_unnamed(graph: "onnx_ir.Graph") -> None:
+    """The builder marks an input that is left out by a value without a name; onnx_ir by None."""
+    for node in graph:
+        for index, value in enumerate(node.inputs):
+            if value is not None and not value.name:
+                node.replace_input_with(index, None)
+
+
+def _tie(graph: "onnx_ir.Graph") -> None:
+    """Let the head read the embedding transposed, as in the contract graph."""
+    import onnx_ir
+
+    embedding, head = graph.initializers[EMBEDDING], graph.initializers[HEAD]
+    transpose = onnx_ir.node("Transpose", [embedding], {"perm": [1, 0]}, name="/lm_head/Transpose")
+    graph.insert_before(next(iter(head.uses())).node, transpose)
+    head.replace_all_uses_with(transpose.outputs[0])
+    del graph.initializers[HEAD]
+
+
+def _fix_axes(graph: "onnx_ir.Graph", head_size: int) -> None:
+    """The builder leaves the last axis of the cache open; here it is the size of a head."""
+    import onnx_ir
+
+    for value in [*graph.inputs, *graph.outputs]:
+        if (value.name or "").startswith(("past_key_values.", "present.")):
+            axes: list[Any] = list(value.shape or ())
+            value.shape = onnx_ir.Shape([*axes[:-1], head_size])

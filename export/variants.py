@@ -1,0 +1,116 @@
+"""A model's graphs in several number formats, and which of them are close enough to keep."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cai_scale.errors import GateError
+from cai_scale.runtime import bundle as layout
+from cai_scale.runtime.graph import FusedGraph, Graph
+
+from . import weights
+from .parity import Bounds, Figures, Reference, check_exact, measure, outside
+from .quantise import quantise
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+Models = Mapping[str, "onnx_ir.Model"]  # by kind: "graph" and, where there is one, "fused"
+
+# Bits, and how weights are rounded to them: what kept the most (benchmarks/four_bits.py).
+ROUNDING = {"q8": (8, "nearest"), "q4": (4, "k-quant")}
+SESSIONS = {"graph": Graph, "fused": FusedGraph}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant in a bundle's folder: its graphs and, for each, how far it is from the model."""
+
+    name: str
+    folder: Path
+    files: Mapping[str, str]  # its graphs, by kind
+    figures: Mapping[str, Figures]  # likewise
+
+    @property
+    def graph(self) -> Path:
+        """The contract graph."""
+        return self.folder / self.files["graph"]
+
+    @property
+    def bytes(self) -> int:
+        """Of its graphs and their weights."""
+        return sum(path.stat().st_size for path in self._paths())
+
+    def outside(self, bounds: Bounds) -> str | None:
+        """Which bound one of its graphs does not keep; None where they keep them all."""
+        found = [outside(figures, bounds) for figures in self.figures.values()]
+        return next((figure for figure in found if figure), None)
+
+    def remove(self) -> None:
+        for path in self._paths():
+            path.unlink()
+
+    def _paths(self) -> list[Path]:
+        return [*(self.folder / file for file in self.files.values()), weights.sidecar(self.graph)]
+
+
+def write(folder: Path, name: str, fp32: Models) -> dict[str, str]:
+    """Write a variant's graphs, their weights in one sidecar; return the files, by kind.
+
+    The graphs of `fp32` have their weights in its sidecar afterwards; other variants are made of
+    them, so it is the first to be written.
+    """
+    files = {kind: file for kind, file in layout.VARIANTS[name].items() if kind in fp32}
+    models: Sequence[onnx_ir.Model] = [fp32[kind] for kind in files]
+    if name == "fp16":
+        models = [halve(folder / layout.VARIANTS["fp32"]["graph"])]
+    elif name != "fp32":
+        bits, method = ROUNDING[name]
+        models = quantise(models, bits, method)
+    paths = [folder / file for file in files.values()]
+    weights.save(dict(zip(paths, models, strict=True)))
+    return files
+
+
+def halve(graph: Path) -> "onnx_ir.Model":
+    """A graph in fp16, whose inputs, outputs and cache stay fp32."""
+    import onnx
+    import onnx_ir
+    from onnxruntime.transformers import float16
+
+    model = float16.convert_float_to_float16(
+        onnx.load(str(graph)), keep_io_types=True, disable_shape_infer=True
+    )
+    return onnx_ir.from_proto(model)
+
+
+def compare(folder: Path, name: str, files: Mapping[str, str], reference: Reference) -> Variant:
+    """Measure a variant's graphs.
+
+    Raises:
+        GateError: one of fp32 does not answer as the trained model does.
+    """
+    figures = {kind: measure(SESSIONS[kind](folder / f), reference) for kind, f in files.items()}
+    if name == "fp32":
+        for kind, found in figures.items():
+            check_exact("fp32" if kind == "graph" else "fused fp32", found)
+    return Variant(name, folder, files, figures)
+
+
+def choose(variants: Sequence[Variant], bounds: Bounds) -> tuple[list[Variant], Variant]:
+    """The variants inside the bounds, and the smallest of them; the others are removed.
+
+    Raises:
+        GateError: none is inside.
+    """
+    found = {variant.name: variant.outside(bounds) for variant in variants}
+    kept = [variant for variant in variants if found[variant.name] is None]
+    if not kept:
+        figures = "; ".join(f"{name}: {figure}" for name, figure in found.items())
+        raise GateError(f"no variant is close enough ({figures}); no bundle was written")
+    for variant in variants:
+        if variant not in kept:
+            print(f"variant {variant.name} is left out: {found[variant.name]}")
+            variant.remove()
+    return kept, min(kept, key=lambda variant: variant.bytes)
