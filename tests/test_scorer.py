@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from cai_export import reward, scorer, scorer_parity
+from cai_export import reward, scorer, scorer_parity, weights
 from cai_export.quantise import quantise
 from torch import nn
 
