@@ -18,7 +18,7 @@ from cai_scale.runtime import bundle as layout
 from .genai import genai_config
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .merge import Merged
     from .variants import Variant
@@ -38,15 +38,8 @@ def write_model_files(folder: Path, merged: "Merged", graph: Path) -> None:
         graph: what onnxruntime-genai loads where it is told no other.
     """
     model, tokenizer = merged.model, merged.tokenizer
-    config = {
-        key: value for key, value in model.config.to_dict().items() if not key.startswith("_")
-    }
-    config["architectures"] = [type(model).__name__]
-    # Some architectures keep it under a name of their own (GPT-2: n_positions).
     context = context_length(model.config, tokenizer)
-    config["max_position_embeddings"] = context
-    config["transformers.js_config"] = {"use_external_data_format": sidecars(folder)}
-    write_json(folder / layout.CONFIG, _plain(config))
+    write_config(folder, model, context)
     ends = model.generation_config.eos_token_id
     settings = {
         "bos_token_id": model.generation_config.bos_token_id,
@@ -60,11 +53,32 @@ def write_model_files(folder: Path, merged: "Merged", graph: Path) -> None:
     }
     write_json(folder / layout.GENERATION, settings)
     write_json(folder / layout.GENAI, genai_config(graph, model.config, settings, context))
+    write_tokenizer(folder, tokenizer)
 
+
+def write_config(folder: Path, model: "PreTrainedModel", context: int) -> None:
+    """The model's configuration, as readers without its class need it.
+
+    Args:
+        folder: holds the graphs already.
+        context: the longest text in tokens.
+    """
+    config = {
+        key: value for key, value in model.config.to_dict().items() if not key.startswith("_")
+    }
+    config["architectures"] = [type(model).__name__]
+    # Some architectures keep it under a name of their own (GPT-2: n_positions).
+    config["max_position_embeddings"] = context
+    config["transformers.js_config"] = {"use_external_data_format": sidecars(folder)}
+    write_json(folder / layout.CONFIG, _plain(config))
+
+
+def write_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """The tokenizer and its chat template, the latter in both of its places."""
     tokenizer.save_pretrained(folder)
     (folder / layout.TEMPLATE).write_text(tokenizer.chat_template, "utf-8")
     described = read_json(folder / layout.TOKENIZER_CONFIG)
-    # The class that every version of transformers knows; the template in both of its places.
+    # The class that every version of transformers knows.
     described["tokenizer_class"] = "PreTrainedTokenizerFast"
     described["chat_template"] = tokenizer.chat_template
     described["model_input_names"] = ["input_ids", "attention_mask"]  # the graph takes no others
@@ -120,12 +134,14 @@ def write_manifest(
     constitution: Constitution,
     variants: Mapping[str, Mapping[str, str]],
     default: str,
+    reward: Mapping[str, Any] | None = None,
 ) -> str:
     """Name every file with its SHA-256, last of all; return the manifest's own.
 
     Args:
         variants: by name, the files of their graphs, as in `layout.VARIANTS`.
         default: the variant that is used where none is named.
+        reward: what the manifest says about the bundle's reward model, where it has one.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     config = read_json(run.config)
@@ -138,7 +154,8 @@ def write_manifest(
         "constitution": constitution.sha256,
         "variants": variants,
         "default": default,
-        "scorer": "lexicon",
+        "scorer": "lexicon" if reward is None else "reward",
+        **({} if reward is None else {"reward": reward}),
         "versions": versions(*LIBRARIES),
         "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
     }

@@ -1,7 +1,7 @@
 """Find and load a language model and its tokenizer: a folder, a hub name, or an alias."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,15 +135,51 @@ def load_model(model: str, dtype: "torch.dtype") -> "PreTrainedModel":
     and places them itself.
     """
     from transformers import AutoModelForCausalLM
+
+    return _load_weights(AutoModelForCausalLM, model, dtype)
+
+
+def load_scorer(
+    model: str, dtype: "torch.dtype", labels: Sequence[str], *, new_head: bool = False
+) -> "PreTrainedModel":
+    """The model with a score head of one output a label, placed as `load_model` does.
+
+    Args:
+        labels: what the head's outputs are called, in order.
+        new_head: whether the head may be new and random: it is then trained, or comes with an
+            adapter.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    from cai_scale.training.scorer import HEAD
+
+    return _load_weights(
+        AutoModelForSequenceClassification,
+        model,
+        dtype,
+        may_lack={f"{HEAD}.weight"} if new_head else set(),
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    )
+
+
+def _load_weights(
+    factory: Any,
+    model: str,
+    dtype: "torch.dtype",
+    may_lack: Collection[str] = (),
+    **options: Any,
+) -> "PreTrainedModel":
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     loaded, report = _load(
-        AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True, output_loading_info=True
+        factory, model, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
     )
-    if report["missing_keys"]:  # transformers would fill them with random numbers
+    missing = sorted(set(report["missing_keys"]) - set(may_lack))
+    if missing:  # transformers would fill them with random numbers
         raise IntegrityError(
-            f"model {model} lacks weights, {sorted(report['missing_keys'])[0]} among them; "
-            f"restore its files"
+            f"model {model} lacks weights, {missing[0]} among them; restore its files"
         )
     if not is_deepspeed_zero3_enabled():
         loaded.to(device())
