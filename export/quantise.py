@@ -111,7 +111,7 @@ def _constant(value: "onnx_ir.Value | None") -> "tuple[onnx_ir.Value | None, boo
 
 
 def _shape(weight: "onnx_ir.Value") -> tuple[int, int]:
-    rows, columns = weight.const_value.shape  # type: ignore[union-attr]
+    rows, columns = weight.const_value.shape
     return int(rows), int(columns)
 
 
