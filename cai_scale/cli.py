@@ -144,14 +144,35 @@ def _score(arguments: Sequence[str]) -> int:
     return score(arguments)
 
 
+def _verify(arguments: Sequence[str]) -> int:
+    from cai_scale import verify
+
+    return verify.main(arguments)
+
+
+def _trace(arguments: Sequence[str]) -> int:
+    from cai_scale import trace
+
+    return trace.main(arguments)
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    from cai_scale.runtime.serve import command
+
+    return command.serve(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "collect": (_collect, "sample, revise and score answers, and build pairs"),
     "train": (_train, "the same, and train on the pairs"),
     "evaluate": (_evaluate, "the same, and evaluate and report: the whole main job"),
     "report": (_report, "print a finished run's table again"),
     "constitution": (_constitution, "show or check a constitution"),
+    "verify": (_verify, "check a run or a bundle, link by link: files, pairs, scores, figures"),
+    "trace": (_trace, "show one prompt's way through a run"),
     "generate": (_generate, "answer a prompt with an exported bundle, without torch"),
     "score": (_score, "score answers with an exported bundle, without torch"),
+    "serve": (_serve, "answer and score over HTTP with an exported bundle, without torch"),
 }
 
 

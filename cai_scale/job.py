@@ -4,22 +4,22 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cai_scale import chain, ranks
 from cai_scale import prompts as prompt_files
-from cai_scale import ranks
 from cai_scale.config import Config, read_ds_config
 from cai_scale.constitution import Constitution
 from cai_scale.constitution import load as load_constitution
 from cai_scale.critics import Critic, load_critic
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.evaluation import protocol
-from cai_scale.records import Prompt, canonical, write_json
+from cai_scale.records import Prompt, write_json, write_jsonl
+from cai_scale.rollout.choose import Choice, choose
 from cai_scale.runs import ROOT, Run, check_output, open_run, versions
 from cai_scale.training import models, precision
 from cai_scale.training.batches import plan_batch
@@ -39,6 +39,7 @@ class Job:
     run: Run
     ranks: ranks.Ranks
     precision: precision.Precision
+    sampler: Choice
     constitution: Constitution
     critic: Critic
     prompts: Sequence[Prompt]
@@ -46,13 +47,17 @@ class Job:
     ds_config: dict[str, Any] | None
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
+    def stage(self, name: str) -> Iterator[None]:
+        """Take a stage's time, and record in the run's chain what it reads and writes."""
+        if not self.ranks.main:
             yield
-        finally:
-            if self.ranks.main:
-                self.run.add_seconds(stage, time.monotonic() - started)
+            return
+        with chain.recording(self.run, name):
+            started = time.monotonic()
+            try:
+                yield
+            finally:
+                self.run.add_seconds(name, time.monotonic() - started)
 
     def say(self, text: str) -> None:
         if self.ranks.main:
@@ -82,18 +87,24 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     if output is not None:
         check_output(output, overwrite=overwrite)
     chosen = precision.choose(config.precision)
+    sampler = choose(
+        config.sampler,
+        gpu=models.device().type != "cpu",
+        fusible=lambda: _fusible(config.model),
+    )
 
     quiet()
     longest = max(config.max_new_tokens, protocol.DECODING.max_new_tokens)
     models.check_prompts(config.model, [*prompts, *heldout], longest)
     record: dict[str, Any] = {}
     if peers.main:  # hashing, and perhaps a download: before the ranks meet
-        record = _record(config, peers, chosen, constitution, ds_config, prompts, heldout)
+        record = _record(config, peers, chosen, sampler, constitution, ds_config, prompts, heldout)
     ranks.join(peers, deepspeed=ds_config is not None)
     if peers.main:
         default = ROOT / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}"
         run, continued = open_run(output or default, record, overwrite=overwrite)
-        write_json(run.constitution, constitution.data)
+        with chain.recording(run, "start"):
+            _keep(run, constitution, {"train": prompts, "heldout": heldout})
         path, verb = str(run.path), "continues" if continued else "starts"
     else:
         path, verb = "", ""
@@ -103,6 +114,7 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
         run=Run(Path(path)),
         ranks=peers,
         precision=chosen,
+        sampler=sampler,
         constitution=constitution,
         critic=critic,
         prompts=prompts,
@@ -112,16 +124,27 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     device = models.device().type
     job.say(
         f"{config.method} {verb} in {path}: {peers.world} rank(s) on {device}, "
-        f"{chosen.name} ({chosen.reason}), "
+        f"{chosen.name} ({chosen.reason}), answers by {sampler.name} ({sampler.reason}), "
         + (f"DeepSpeed {config.ds_config}" if ds_config else "without DeepSpeed")
     )
     return job
+
+
+def _keep(run: Run, constitution: Constitution, asked: Mapping[str, Sequence[Prompt]]) -> None:
+    """Copy what the run starts from into it; a run that continues has it already."""
+    if not run.constitution.is_file():
+        run.remove_policies()
+        write_json(run.constitution, constitution.data)
+    for kind, prompts in asked.items():
+        if not run.prompts(kind).is_file():
+            write_jsonl(run.prompts(kind), prompts)
 
 
 def _record(
     config: Config,
     peers: ranks.Ranks,
     chosen: precision.Precision,
+    sampler: Choice,
     constitution: Constitution,
     ds_config: dict[str, Any] | None,
     prompts: Sequence[Prompt],
@@ -135,8 +158,9 @@ def _record(
         "settings": config.to_dict(),
         "constitution": {"name": constitution.name, "sha256": constitution.sha256},
         "weights": models.weights_sha256(config.model),
-        "prompts": {"train": _digest(prompts), "heldout": _digest(heldout)},
+        "prompts": {"train": prompt_files.digest(prompts), "heldout": prompt_files.digest(heldout)},
         "precision": {"name": chosen.name, "reason": chosen.reason},
+        "sampler": {"name": sampler.name, "reason": sampler.reason},
         "ds_config": ds_config,
         "ranks": {"world": peers.world},
         "hardware": {
@@ -150,9 +174,10 @@ def _record(
     }
 
 
-def _digest(prompts: Sequence[Prompt]) -> str:
-    lines = "\n".join(canonical(asdict(prompt)) for prompt in prompts)
-    return sha256(lines.encode()).hexdigest()
+def _fusible(model: str) -> bool:
+    from cai_export.policy import fusible
+
+    return fusible(model)
 
 
 def _require_deepspeed() -> None:

@@ -1,27 +1,24 @@
 """The only place where stages meet: collect, train, evaluate, report."""
 
+import functools
 import gc
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cai_scale import ranks
+from cai_scale import chain, ranks, results
 from cai_scale.errors import MissingError
 from cai_scale.evaluation import protocol
-from cai_scale.evaluation.compare import Answered, compare, drift, slices
 from cai_scale.job import Job
 from cai_scale.methods import load_method
-from cai_scale.preferences.audit import audit, require_enough
-from cai_scale.preferences.pairs import build_pairs, read_pairs
-from cai_scale.records import (
-    Response,
-    read_json,
-    write_json,
-    write_jsonl,
-)
-from cai_scale.rollout.collect import collect, requests_for
-from cai_scale.rollout.revise import RevisionRules, revise
+from cai_scale.preferences.audit import require_enough
+from cai_scale.preferences.pairs import read_pairs
+from cai_scale.records import Response, read_json, write_json, write_jsonl
+from cai_scale.rollout.onnx import OnnxSampler
+from cai_scale.rollout.sampler import Sampler, TransformersSampler
+from cai_scale.runtime.bundle import open_bundle
+from cai_scale.runtime.generate import Policy
 from cai_scale.training import models
 
 STAGES = ("collect", "train", "evaluate")
@@ -38,44 +35,29 @@ def collect_pairs(job: Job) -> None:
     """Answer the held-out prompts as they are before; sample, revise, score; build pairs."""
     files = job.run.round(1)
     if not files.pairs.exists():
-        sampler = _sampler(job, job.config)
-        with job.timed("evaluate before"):
-            _answer_heldout(job, "before", adapter=None)
-        with job.timed("rollout"):
-            requests = requests_for(
-                job.prompts,
-                job.config.temperatures,
-                samples=job.config.samples,
-                seed=job.config.seed,
-                round=1,
-            )
-            responses = collect(
-                sampler,
-                requests,
-                files.rollouts,
-                batch_size=job.config.rollout_batch_size,
-                ranks=job.ranks,
-                title="sampling",
-            )
-        with job.timed("revise"):
-            responses = revise(
-                sampler,
-                job.critic,
-                job.constitution,
-                job.prompts,
-                responses,
-                files.revisions,
-                rules=RevisionRules(tries=job.config.revisions),
-                seed=job.config.seed,
-                batch_size=job.config.rollout_batch_size,
-                ranks=job.ranks,
-            )
-        with job.timed("pair"):
+        with _answering(job, "before", None) as answering:
+            with job.stage("evaluate before"):
+                _answer_heldout(job, "before", answering(protocol.DECODING))
+            sampler = answering(job.config)
+            with job.stage("rollout"):
+                responses = results.rollouts(job.config, job.prompts, files, sampler, job.ranks)
+            with job.stage("revise"):
+                responses = results.revisions(
+                    job.config,
+                    job.constitution,
+                    job.critic,
+                    job.prompts,
+                    responses,
+                    files,
+                    sampler,
+                    job.ranks,
+                )
+        with job.stage("pair"):
             if job.ranks.main:
-                _write_pairs(job, responses)
+                pairs, figures = results.pairs(job.config, job.critic, job.prompts, responses)
+                write_json(files.audit, figures)
+                write_jsonl(files.pairs, pairs)
             ranks.wait_for(files.pairs)
-        del sampler
-        gc.collect()
     pairs = read_pairs(files.pairs)
     job.say(f"{len(pairs)} pairs from {len(job.prompts)} prompts: {files.pairs}")
 
@@ -87,7 +69,7 @@ def train(job: Job) -> None:
     files = job.run.round(1)
     pairs = read_pairs(files.pairs)
     require_enough(pairs, job.config.batch_size, read_json(files.audit))
-    with job.timed("train"):
+    with job.stage("train"):
         load_method(job.config.method).train(
             job.config,
             pairs,
@@ -109,89 +91,68 @@ def evaluate(job: Job) -> None:
         raise MissingError(
             f"{job.run.path} has no adapter to evaluate; train it with 'cai-scale train'"
         )
-    with job.timed("evaluate before"):
-        before = _answer_heldout(job, "before", adapter=None)
-    with job.timed("evaluate after"):
-        after = _answer_heldout(job, "after", adapter=job.run.adapter)
+    with job.stage("evaluate before"), _answering(job, "before", None) as answering:
+        before = _answer_heldout(job, "before", answering(protocol.DECODING))
+    with job.stage("evaluate after"), _answering(job, "after", job.run.adapter) as answering:
+        after = _answer_heldout(job, "after", answering(protocol.DECODING))
     if job.ranks.main:
-        answered = _score(job, before, after)
-        summary = _summary(job, answered)
+        answered = results.answered(job.critic, job.heldout, before, after)
+        seconds = read_json(job.run.times)
+        summary = results.summary(job.config, job.constitution, job.critic, answered, seconds)
         write_report(job.run, summary, answered, job.constitution)
-        write_json(job.run.summary, summary)
+        digest = chain.finish(job.run, summary)
         print_summary(summary, job.constitution)
-        print(f"report: {job.run.report}")
+        print(f"report: {job.run.report}\nchain sha256: {digest}")
 
 
-def _sampler(job: Job, decoding: Any, adapter: Path | None = None) -> Any:
-    from cai_scale.rollout.sampler import TransformersSampler
+@contextmanager
+def _answering(job: Job, when: str, adapter: Path | None) -> Iterator[Callable[[Any], Sampler]]:
+    """What makes the job's samplers, by their decoding, of the model with or without adapter.
 
-    def load() -> Any:
-        model = models.load_model(job.config.model, job.precision.dtype)
-        return models.with_adapter(model, adapter) if adapter else model
+    They share one model, or one exported graph, which is loaded when the first answer is sampled.
+    """
+    tokenizer = models.load_tokenizer(job.config.model)
+    folder = job.run.policy(when)
 
-    return TransformersSampler(
-        load,
-        models.load_tokenizer(job.config.model),
-        max_new_tokens=decoding.max_new_tokens,
-        top_p=decoding.top_p,
-        top_k=decoding.top_k,
-    )
+    @functools.cache
+    def model() -> Any:
+        loaded = models.load_model(job.config.model, job.precision.dtype)
+        return models.with_adapter(loaded, adapter) if adapter else loaded
 
+    @functools.cache
+    def policy() -> Policy:
+        return _policy(job, adapter, folder)
 
-def _answer_heldout(job: Job, when: str, *, adapter: Path | None) -> list[Response]:
-    requests = requests_for(
-        job.heldout,
-        (protocol.DECODING.temperature,),
-        samples=1,
-        seed=protocol.SEED,
-        round=0,
-    )
-    return collect(
-        _sampler(job, protocol.DECODING, adapter),
-        requests,
-        job.run.evaluation(when),
-        batch_size=protocol.BATCH_SIZE,
-        ranks=job.ranks,
-        title=f"answering {when}",
-    )
+    def sampler(decoding: Any) -> Sampler:
+        settings: dict[str, Any] = {
+            name: getattr(decoding, name) for name in ("max_new_tokens", "top_p", "top_k")
+        }
+        if job.sampler.name == "transformers":
+            return TransformersSampler(model, tokenizer, **settings)
+        rows = job.config.rollout_batch_size
+        return OnnxSampler(policy, tokenizer, rows=rows, **settings)
 
-
-def _write_pairs(job: Job, responses: Sequence[Response]) -> None:
-    text = {prompt.id: prompt.text for prompt in job.prompts}
-    scores = job.critic.score([text[r.prompt_id] for r in responses], [r.text for r in responses])
-    pairs, account = build_pairs(job.prompts, responses, scores, margin=job.config.margin)
-    files = job.run.round(1)
-    write_json(files.audit, audit(pairs, account))
-    write_jsonl(files.pairs, pairs)
+    try:
+        yield sampler
+    finally:
+        if job.ranks.main:  # it leaves last: every product has the answers of all ranks
+            job.run.remove_policies()
+    gc.collect()
 
 
-def _score(job: Job, before: list[Response], after: list[Response]) -> list[Answered]:
-    texts = [prompt.text for prompt in job.heldout]
-    rows = zip(
-        job.heldout,
-        before,
-        after,
-        job.critic.score(texts, [r.text for r in before]),
-        job.critic.score(texts, [r.text for r in after]),
-        strict=True,
-    )
-    return [
-        Answered(prompt=p, before=b, after=a, before_score=bs, after_score=as_)
-        for p, b, a, bs, as_ in rows
-    ]
+def _policy(job: Job, adapter: Path | None, folder: Path) -> Policy:
+    """The graph that the first rank to need one exports, on this rank's share of the cores."""
+    from cai_export.policy import export_policy
+
+    variant = "q8" if job.sampler.name == "onnx-q8" else "fp32"
+    try:
+        folder.with_suffix(".taken").mkdir()
+    except FileExistsError:
+        ranks.wait_for(folder)
+    else:
+        export_policy(job.config.model, adapter, folder, (variant,), job.constitution)
+    return Policy(open_bundle(folder), threads=ranks.threads(job.ranks))
 
 
-def _summary(job: Job, answered: Sequence[Answered]) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "method": job.config.method,
-        "model": job.config.model,
-        "constitution": job.constitution.sha256,
-        "critic": job.critic.name,
-        **compare(answered, job.constitution),
-        "drift": drift(answered),
-        "slices": slices(answered, job.constitution),
-        "decoding": asdict(protocol.DECODING),
-        "seeds": [protocol.SEED],
-        "seconds": read_json(job.run.times),
-    }
+def _answer_heldout(job: Job, when: str, sampler: Sampler) -> list[Response]:
+    return results.heldout(job.heldout, job.run, when, sampler, job.ranks)

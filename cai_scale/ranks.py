@@ -50,6 +50,15 @@ def from_environment() -> Ranks:
     return Ranks(number("RANK", 0), world, number("LOCAL_RANK", 0), local_world)
 
 
+def threads(ranks: Ranks) -> int:
+    """This rank's share of the machine's cores, or what OMP_NUM_THREADS says."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // ranks.local_world)
+
+
 def join(ranks: Ranks, *, deepspeed: bool) -> None:
     """Share the cores among the local ranks, and form the process group where there are peers.
 
@@ -58,9 +67,7 @@ def join(ranks: Ranks, *, deepspeed: bool) -> None:
     """
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, (cores or 1) // ranks.local_world))
+    torch.set_num_threads(threads(ranks))
     if torch.cuda.is_available():
         if ranks.local_rank >= torch.cuda.device_count():
             raise ConfigError(

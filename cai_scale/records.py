@@ -91,6 +91,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksums(digests: Mapping[str, str]) -> str:
+    """The text of a file of SHA-256s by name, as `sha256sum --check` reads it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+
+
 def canonical(record: object) -> str:
     """One line of JSON: readable Unicode, no NaN."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
@@ -166,8 +171,12 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write indented JSON; the file appears whole or not at all."""
     with replacing(path) as file:
-        json.dump(value, file, ensure_ascii=False, allow_nan=False, indent=2)
-        file.write("\n")
+        file.write(json_text(value))
+
+
+def json_text(value: object) -> str:
+    """Indented JSON, as files hold it: readable Unicode, no NaN."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:

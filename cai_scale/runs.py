@@ -3,14 +3,17 @@
 import contextlib
 import importlib.metadata
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 from cai_scale.errors import ConfigError, DataError, MissingError
-from cai_scale.records import read_json, write_json
+from cai_scale.records import checksums, read_json, replacing, write_json
 
 SCHEMA = 1
 ROOT = Path("runs")
@@ -29,6 +32,10 @@ class Round:
     def revisions(self, attempt: int = 1) -> Path:
         """The revisions of the Nth try, N from 1."""
         return self.path / ("revisions.jsonl" if attempt == 1 else f"revisions-{attempt}.jsonl")
+
+    def all_revisions(self) -> tuple[Path, ...]:
+        """The revisions of every try, as far as they exist, in order."""
+        return tuple(takewhile(Path.exists, (self.revisions(n) for n in count(1))))
 
     @property
     def pairs(self) -> Path:
@@ -53,6 +60,10 @@ class Run:
     def constitution(self) -> Path:
         return self.path / "constitution.json"
 
+    def prompts(self, kind: str) -> Path:
+        """The run's own copy of its prompts; `kind` is "train" or "heldout"."""
+        return self.path / "prompts" / f"{kind}.jsonl"
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
@@ -60,6 +71,15 @@ class Run:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    def policy(self, when: str) -> Path:
+        """The exported graph that answers while a stage runs; removed afterwards."""
+        return self.path / f".policy-{when}"
+
+    def remove_policies(self) -> None:
+        """Remove exported policies, those too that a killed start left."""
+        for folder in self.path.glob(".policy-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def metrics(self) -> Path:
@@ -80,6 +100,43 @@ class Run:
     @property
     def bundle(self) -> Path:
         return self.path / "bundle"
+
+    @property
+    def chain(self) -> Path:
+        """What each stage read and wrote, by SHA-256: see `chain.py`."""
+        return self.path / "chain.json"
+
+    @property
+    def exports(self) -> Path:
+        """The SHA-256 of the manifest of each bundle made from the run, as `sha256sum` reads it."""
+        return self.path / "exports.sha256"
+
+    def exported(self) -> dict[str, str]:
+        """The content of `exports`: the name of a manifest, from the run → its SHA-256.
+
+        Raises:
+            DataError: the file is not as it was written.
+        """
+        text = self.exports.read_text("utf-8") if self.exports.is_file() else ""
+        found = re.findall(r"^([0-9a-f]{64})  (.+)\n", text, re.MULTILINE)
+        kept = {name: digest for digest, name in found}
+        if checksums(kept) != text:
+            raise DataError(f"{self.exports} is not as it was written; remove it and export again")
+        return kept
+
+    def keep_export(self, manifest: Path, digest: str) -> None:
+        """Keep the SHA-256 of a bundle's manifest; a bundle made anew takes the place of the old.
+
+        The run's own hashes do not cover this file, which is written after the run is finished.
+        """
+        name = Path(os.path.relpath(manifest, self.path)).as_posix()
+        kept = {**self.exported(), name: digest}
+        with replacing(self.exports) as file:
+            file.write(checksums(kept))
+
+    def name_of(self, file: Path) -> str:
+        """A file's name within the run."""
+        return file.relative_to(self.path).as_posix()
 
     @property
     def finished(self) -> bool:
@@ -186,7 +243,7 @@ def _same(run: Run, record: Mapping[str, Any]) -> None:
     """A run continues only with what it was started with; where it ran may differ."""
     before = run.record
     now = json.loads(json.dumps(record))
-    parts = ["settings", "constitution", "weights", "prompts", "precision", "ds_config"]
+    parts = ["settings", "constitution", "weights", "prompts", "precision", "sampler", "ds_config"]
     if run.checkpoints.is_dir() and not run.adapter.is_dir():
         parts.append("ranks")  # an optimizer's state lies in as many pieces as there were ranks
     for part in parts:

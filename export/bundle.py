@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +11,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cai_scale.constitution import Constitution
 from cai_scale.errors import ConfigError
 from cai_scale.evaluation.protocol import DECODING
-from cai_scale.records import read_json, sha256, write_json
+from cai_scale.records import checksums, read_json, sha256, write_json
 from cai_scale.runs import Run, versions
 from cai_scale.runtime import bundle as layout
 
 from .genai import genai_config
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .merge import Merged
     from .variants import Variant
@@ -39,30 +38,47 @@ def write_model_files(folder: Path, merged: "Merged", graph: Path) -> None:
         graph: what onnxruntime-genai loads where it is told no other.
     """
     model, tokenizer = merged.model, merged.tokenizer
-    config = {
-        key: value for key, value in model.config.to_dict().items() if not key.startswith("_")
-    }
-    config["architectures"] = [type(model).__name__]
-    # Some architectures keep it under a name of their own (GPT-2: n_positions).
     context = context_length(model.config, tokenizer)
-    config["max_position_embeddings"] = context
-    config["transformers.js_config"] = {"use_external_data_format": sidecars(folder)}
-    write_json(folder / layout.CONFIG, _plain(config))
+    write_config(folder, model, context)
     ends = model.generation_config.eos_token_id
     settings = {
         "bos_token_id": model.generation_config.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id if ends is None else ends,
         "pad_token_id": tokenizer.pad_token_id,
         "do_sample": True,
-        **asdict(DECODING),
+        "temperature": DECODING.temperature,
+        "top_p": DECODING.top_p,
+        "top_k": DECODING.top_k,
+        "max_new_tokens": DECODING.max_new_tokens,
     }
     write_json(folder / layout.GENERATION, settings)
     write_json(folder / layout.GENAI, genai_config(graph, model.config, settings, context))
+    write_tokenizer(folder, tokenizer)
 
+
+def write_config(folder: Path, model: "PreTrainedModel", context: int) -> None:
+    """The model's configuration, as readers without its class need it.
+
+    Args:
+        folder: holds the graphs already.
+        context: the longest text in tokens.
+    """
+    config = {
+        key: value for key, value in model.config.to_dict().items() if not key.startswith("_")
+    }
+    config["architectures"] = [type(model).__name__]
+    # Some architectures keep it under a name of their own (GPT-2: n_positions).
+    config["max_position_embeddings"] = context
+    config["transformers.js_config"] = {"use_external_data_format": sidecars(folder)}
+    write_json(folder / layout.CONFIG, _plain(config))
+
+
+def write_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """The tokenizer and its chat template, the latter in both of its places."""
     tokenizer.save_pretrained(folder)
     (folder / layout.TEMPLATE).write_text(tokenizer.chat_template, "utf-8")
     described = read_json(folder / layout.TOKENIZER_CONFIG)
-    # The class that every version of transformers knows; the template in both of its places.
+    # The class that every version of transformers knows.
     described["tokenizer_class"] = "PreTrainedTokenizerFast"
     described["chat_template"] = tokenizer.chat_template
     described["model_input_names"] = ["input_ids", "attention_mask"]  # the graph takes no others
@@ -118,12 +134,14 @@ def write_manifest(
     constitution: Constitution,
     variants: Mapping[str, Mapping[str, str]],
     default: str,
+    reward: Mapping[str, Any] | None = None,
 ) -> str:
     """Name every file with its SHA-256, last of all; return the manifest's own.
 
     Args:
         variants: by name, the files of their graphs, as in `layout.VARIANTS`.
         default: the variant that is used where none is named.
+        reward: what the manifest says about the bundle's reward model, where it has one.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     config = read_json(run.config)
@@ -132,16 +150,25 @@ def write_manifest(
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "model": config["settings"]["model"],
         "weights": config["weights"],
-        "run": {"name": run.path.name, "summary": sha256(run.summary)},
+        "run": {"name": run.path.name, "summary": sha256(run.summary), "chain": _chain(run)},
         "constitution": constitution.sha256,
         "variants": variants,
         "default": default,
-        "scorer": "lexicon",
+        "scorer": "lexicon" if reward is None else "reward",
+        **({} if reward is None else {"reward": reward}),
         "versions": versions(*LIBRARIES),
         "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
     }
     write_json(folder / layout.MANIFEST, manifest)
-    return sha256(folder / layout.MANIFEST)
+    digest = sha256(folder / layout.MANIFEST)
+    text = checksums({layout.MANIFEST: digest})
+    (folder / layout.MANIFEST_DIGEST).write_text(text, "utf-8", newline="\n")
+    return digest
+
+
+def _chain(run: Run) -> str | None:
+    """Older runs have none."""
+    return sha256(run.chain) if run.chain.is_file() else None
 
 
 def _plain(value: Any) -> Any:

@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--merge-lora", action="store_true", help="merge the run's LoRA adapter")
     parser.add_argument("--run", type=Path, help="a finished run (default: the newest in runs/)")
+    parser.add_argument(
+        "--reward", type=Path, help="a finished run of a reward model, or its folder, to score with"
+    )
     parser.add_argument("--output", type=Path, help="the bundle's folder (default: RUN/bundle)")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle in --output")
     parser.add_argument(
@@ -63,9 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         _start_folder(aside)
-        digest = export(run, aside, options.variants, bounds)
+        digest = export(run, aside, options.variants, bounds, options.reward)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
+        run.keep_export(target / layout.MANIFEST, digest)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"bundle: {target}, in {time.monotonic() - started:.0f} s\nmanifest sha256: {digest}")

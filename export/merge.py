@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cai_scale.errors import GateError, IntegrityError
@@ -19,11 +20,12 @@ MAX_DELTA = 1e-3  # of a logit, adapted against merged, in fp32
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model in fp32, its tokenizer, and how far its logits moved by merging."""
+    """A merged model in fp32, its tokenizer, and how far its logits moved by merging, if that
+    was measured."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
-    max_delta: float
+    max_delta: float | None
 
 
 def check_run(run: Run) -> None:
@@ -39,6 +41,16 @@ def check_run(run: Run) -> None:
         raise IntegrityError(
             f"model {model} has other weights than {run.path} was trained on; restore them"
         )
+
+
+def merged_policy(model: str, adapter: Path | None) -> Merged:
+    """A model in fp32 with an adapter merged into it, if there is one; nothing is compared."""
+    import torch
+
+    loaded = models.load_model(model, torch.float32).cpu()
+    if adapter is not None:
+        loaded = models.with_adapter(loaded, adapter).merge_and_unload(safe_merge=True).eval()
+    return Merged(loaded, models.load_tokenizer(model), None)
 
 
 def merge(run: Run, sequences: Sequence[Sequence[int]]) -> Merged:

@@ -39,12 +39,12 @@ def normalise(model: "onnx_ir.Model") -> "onnx_ir.Model":
         # An axis without a symbol keeps its number: heads, head size, vocabulary.
         axes = zip(_AXES[role], value.shape, strict=True)
         value.shape = onnx_ir.Shape([dim if axis is None else axis for axis, dim in axes])
-    _forget_symbols(model)
-    _split_gemms(model)
+    forget_symbols(model)
+    split_gemms(model)
     return model
 
 
-def _split_gemms(model: "onnx_ir.Model") -> None:
+def split_gemms(model: "onnx_ir.Model") -> None:
     """x·W + b as two nodes: GPT-2's layers come as Gemm, which the quantiser does not know.
 
     onnxruntime joins them again where nothing was quantised.
@@ -63,7 +63,7 @@ def _split_gemms(model: "onnx_ir.Model") -> None:
         replace_nodes_and_values(model.graph, gemm, [gemm], nodes, gemm.outputs, nodes[-1].outputs)
 
 
-def _forget_symbols(model: "onnx_ir.Model") -> None:
+def forget_symbols(model: "onnx_ir.Model") -> None:
     """Drop the tracer's symbols from the values inside, so that no reader meets two names for
     one axis."""
     for node in model.graph:

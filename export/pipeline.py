@@ -27,11 +27,18 @@ if TYPE_CHECKING:
 MERGE_SEQUENCES = 4
 
 
-def export(run: runs.Run, folder: Path, names: Sequence[str], bounds: Bounds) -> str:
+def export(
+    run: runs.Run,
+    folder: Path,
+    names: Sequence[str],
+    bounds: Bounds,
+    reward: Path | None = None,
+) -> str:
     """Write a bundle of `run` into an empty folder; return the SHA-256 of its manifest.
 
     Args:
         names: the variants to keep, of `layout.VARIANTS`, if they are inside the bounds.
+        reward: where a reward model lies, for the bundle to score with; see `reward.find`.
 
     Raises:
         CaiError: the run cannot be exported, or a parity gate does not hold.
@@ -41,12 +48,15 @@ def export(run: runs.Run, folder: Path, names: Sequence[str], bounds: Bounds) ->
 
     from .bundle import write_card, write_manifest, write_model_files
     from .merge import check_run, merge
+    from .reward import find
+    from .scorer import describe, export_scorer, report
     from .variants import choose, compare, derive
 
     constitution = constitutions.from_dict(read_json(run.constitution), str(run.constitution))
     asked = [prompt.text for prompt in prompts.load(prompts.HELDOUT)]
     with Console().status("checking the run") as status, tempfile.TemporaryDirectory() as aside:
         check_run(run)
+        source = None if reward is None else find(reward, constitution)
         sequences = _sequences(run, load_tokenizer(run.settings()["model"]), MIN_TOKENS)
         status.update("merging the adapter")
         merged = merge(run, sequences[:MERGE_SEQUENCES])
@@ -66,6 +76,9 @@ def export(run: runs.Run, folder: Path, names: Sequence[str], bounds: Bounds) ->
         for name, written in files.items():
             status.update(f"comparing {name} with the trained model")
             found.append(compare(folder, name, written, reference))
+        if source is not None:
+            status.update("exporting the reward model (a minute or two)")
+            scorer = export_scorer(source, _answers(run), folder)
     if "fp32" not in names:
         found[0].remove()
     kept, default = choose([variant for variant in found if variant.name in names], bounds)
@@ -76,14 +89,20 @@ def export(run: runs.Run, folder: Path, names: Sequence[str], bounds: Bounds) ->
         "bounds": {"fp32_max_abs_logit_delta": MAX_DELTA, **asdict(bounds)},
         "merge": {"max_abs_logit_delta": merged.max_delta},
         "variants": {variant.name: variant.figures for variant in found},
+        **({} if source is None else {"reward": scorer}),
     }
     _report(kept, default)
+    if source is not None:
+        print(report(scorer))
     write_model_files(folder, merged, default.graph)
     write_json(folder / layout.CONSTITUTION, constitution.data)
     write_json(folder / layout.PARITY, parity)
     write_card(folder, run, constitution, parity, kept)
     digest = write_manifest(
-        *(folder, run, constitution), {v.name: v.files for v in kept}, default.name
+        *(folder, run, constitution),
+        {variant.name: variant.files for variant in kept},
+        default.name,
+        None if source is None else describe(source),
     )
     answers = {**dict.fromkeys(asked), asked[-1]: answer}
     check_answers(open_bundle(folder), merged.tokenizer, answers)
@@ -107,9 +126,20 @@ def _write_fp32(folder: Path, model: "PreTrainedModel") -> dict[str, str]:
 
 
 def _sequences(run: runs.Run, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> list[list[int]]:
-    """Held-out conversations as tokens: prompts with the answers of the trained model.
+    """Held-out conversations as tokens, as many as hold `tokens` and more."""
+    sequences: list[list[int]] = []
+    for conversation in _answers(run):
+        ids = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)
+        sequences.append(list(ids["input_ids"]))
+        if sum(map(len, sequences)) > tokens:
+            break
+    return sequences
 
-    As many as hold `tokens` and more; the prompts alone again and again where answers are few.
+
+def _answers(run: runs.Run) -> list[list[dict[str, str]]]:
+    """Held-out conversations: prompts with the answers of the trained model.
+
+    The bundled prompts follow, each as its own answer, for where answers are few.
     """
     source = run.settings()["eval_prompts"]
     asked = {prompt.id: prompt for prompt in prompts.load(source)}
@@ -117,14 +147,7 @@ def _sequences(run: runs.Run, tokenizer: "PreTrainedTokenizerBase", tokens: int)
     if not asked.keys() >= {answer.prompt_id for answer in answers}:
         raise DataError(f"prompts {source} are not those of {run.path}; restore the file")
     conversations = [_conversation(asked[a.prompt_id], a.text) for a in answers]
-    conversations += [_conversation(prompt, prompt.text) for prompt in prompts.load("heldout")]
-    sequences: list[list[int]] = []
-    for conversation in conversations:
-        ids = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)
-        sequences.append(list(ids["input_ids"]))
-        if sum(map(len, sequences)) > tokens:
-            break
-    return sequences
+    return conversations + [_conversation(p, p.text) for p in prompts.load("heldout")]
 
 
 def _conversation(prompt: Prompt, answer: str) -> list[dict[str, str]]:

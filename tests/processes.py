@@ -1,7 +1,11 @@
 """Start real processes of the project, with a deadline."""
 
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -44,3 +48,33 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(
+    *arguments: str, timeout: float = 60, **environment: str
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run this interpreter with `arguments` as a server, until the block ends.
+
+    Yields:
+        Its URL, which its first line ends with, and the process.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+    watch = threading.Timer(timeout, process.kill)
+    watch.start()
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        assert "http://" in line, process.stderr.read()
+        yield line.split()[-1], process
+    finally:
+        watch.cancel()
+        process.kill()
+        process.communicate()

@@ -33,6 +33,9 @@ def test_the_decoding_of_the_evaluation() -> None:
         "top_p": 0.95,
         "top_k": 50,
         "max_new_tokens": 96,
+        "min_p": 0.0,  # this and what follows change nothing
+        "repetition_penalty": 1.0,
+        "stop": (),
     }
     assert protocol.SEED == 0
     assert protocol.BATCH_SIZE == 30

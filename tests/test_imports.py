@@ -37,7 +37,7 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("stage", ALLOWED)
 def test_a_stage_imports_only_what_it_may(stage: str) -> None:
-    files = list((PACKAGE / stage).glob("*.py"))
+    files = list((PACKAGE / stage).rglob("*.py"))
     assert files
     for file in files:
         others = imported(file) - COMMON - ALLOWED[stage] - {stage}

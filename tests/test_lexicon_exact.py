@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import example, find, given, settings
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 
 from cai_scale import constitution
 from cai_scale.constitution import Constitution
+from cai_scale.critics import fold as folding
 from cai_scale.critics.fold import fold, tokenise
 from cai_scale.critics.lexicon import Found, LexiconCritic
+from cai_scale.errors import ConfigError
 from cai_scale.records import Score
 
 DEFAULT = constitution.load()
@@ -154,6 +157,16 @@ def test_every_text_scores_as_the_plain_reading_has_it(text: str) -> None:
     assert CRITIC.score([""], [text]) == [REFERENCE.score(text)]
 
 
+@settings(max_examples=300)
+@given(texts)
+def test_a_text_folds_as_its_pieces_do(text: str) -> None:
+    """Where a piece ends nothing is lost, with pieces as short as they can be."""
+    with mock.patch.object(folding, "_PIECE", re.compile(r".\S*+", re.DOTALL)):
+        assert tokenise(text) == REFERENCE.tokens(text)
+    long = (text + " x") * (9000 // (len(text) + 2))  # pieces as they are
+    assert tokenise(long) == REFERENCE.tokens(long)
+
+
 def constitution_of(terms: Sequence[str]) -> Constitution:
     """The terms shared out over two lists of one principle."""
     data = copy.deepcopy(dict(DEFAULT.data))
@@ -226,6 +239,13 @@ def test_the_words_of_an_explanation_are_exactly_its_spans(terms: list[str], bef
         assert tokenise(text[f.start : f.end]) == tokenise(f.term)
         assert not text[f.start : f.end][0].isspace()
         assert not text[f.start : f.end][-1].isspace()
+
+
+def test_terms_without_end_are_one_line() -> None:
+    """Hundreds of terms inside one another are more than a regular expression nests."""
+    LexiconCritic(constitution_of(["a" * n for n in range(1, 50)]))
+    with pytest.raises(ConfigError, match="begin with one another"):
+        LexiconCritic(constitution_of(["a" * n for n in range(1, 2000)]))
 
 
 def test_explain_by_hand() -> None:

@@ -165,3 +165,34 @@ def test_ranks_share_the_batches(tmp_path: Path) -> None:
     assert not shared
     assert (len(zero.asked), len(one.asked)) == (16, 14)
     assert len([r for _, r in read_jsonl(path)]) == 30
+
+
+def test_the_onnx_sampler_answers_as_transformers_does(
+    tiny_model: Path, sampler: TransformersSampler, tmp_path: Path
+) -> None:
+    """Fifty prompts, greedy and sampled: the same tokens' text from the exported graph."""
+    from cai_export.policy import export_policy
+
+    from cai_scale import constitution, prompts
+    from cai_scale.rollout.onnx import OnnxSampler
+    from cai_scale.runtime.bundle import open_bundle
+    from cai_scale.runtime.generate import Policy
+
+    export_policy(str(tiny_model), None, tmp_path / "policy", ("fp32",), constitution.load())
+    onnx = OnnxSampler(
+        lambda: Policy(open_bundle(tmp_path / "policy")),
+        sampler.tokenizer,
+        max_new_tokens=24,
+        top_p=0.95,
+        top_k=50,
+        rows=16,
+    )
+    for temperature in (0.0, 0.8):
+        asked = [
+            request(prompt.text, temperature=temperature)
+            for prompt in prompts.load(prompts.TRAIN)[:50]
+        ]
+        assert answers(onnx, *asked) == answers(sampler, *asked)
+        assert answers(onnx, *(replace(r, seed=4) for r in asked)) != answers(sampler, *asked) or (
+            temperature == 0
+        )

@@ -55,7 +55,8 @@ def test_the_bundle_answers_as_torch_does(
         Request(messages=conversation(t), prompt_id=t, seed=5, temperature=temperature)
         for t in TEXTS
     ]
-    expected = torch_sampler.sample(requests)
+    answered = {r.prompt_id: c for r, c in torch_sampler.sample([requests])}
+    expected = [answered[text] for text in TEXTS]
     found = policy.answer([conversation(t) for t in TEXTS], decoding, seed=5)
     assert [(a.text, a.tokens, a.finished) for a in found] == [
         (c.text, c.tokens, c.finished) for c in expected
@@ -154,16 +155,18 @@ def test_scores_of_the_command_are_those_of_the_critic(
     assert {f["constitution"] for f in found} == {loaded.sha256}
 
 
-def test_a_bad_row_of_a_stream_is_named(bundle: Path) -> None:
-    result = run_python(
-        "-m",
-        "cai_scale.runtime.cli",
-        *("--bundle", str(bundle), "--input", "-"),
-        stdin='{"prompt": "q", "response": "r"}\n{"prompt": "q"}\n',
-    )
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert "row 2, column `response`" in result.stderr
+def test_every_command_takes_the_pin_of_a_bundle(bundle: Path) -> None:
+    digest = sha256(bundle / "manifest.json")
+    for module, flags in (
+        ("cai_scale.runtime.cli", ("--response", "x")),
+        ("cai_scale.cli", ("generate", "--prompt", "Why?", "--max_new_tokens", "2")),
+    ):
+        for pin, code in ((digest, 0), ("0" * 64, 2)):
+            result = run_python(
+                "-m", module, *flags, "--bundle", str(bundle), "--expect-sha256", pin
+            )
+            assert result.returncode == code, result.stderr
+            assert (pin in result.stderr and digest in result.stderr) is (code == 2)
 
 
 def test_generate_prints_an_answer_for_each_prompt(bundle: Path) -> None:

@@ -1,7 +1,10 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
-from cai_scale.runtime.sampling import choose, top, uniforms
+from cai_scale.errors import ConfigError
+from cai_scale.runtime.sampling import Decoding, choose, penalise, top, uniforms
 
 PINNED = [0.4624391295919219, 0.3594087855165966, 0.20952766846033488]
 
@@ -70,3 +73,47 @@ def test_top_is_a_stable_sort() -> None:
         assert np.array_equal(logits[row, found[row]], logits[row, expected[row, :10]])
     assert np.array_equal(top(logits, 1), logits.argmax(axis=1)[:, None])
     assert top(logits, 500).shape == (20, 200)
+
+
+def test_rows_may_differ_in_top_k_and_min_p() -> None:
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]] * 3, np.float32))
+    late = np.full(3, 0.9999)
+    kept = choose(
+        logits, late, np.ones(3), 1.0, top_k=np.array([2, 4, 4]), min_p=np.array([0, 0.25, 0])
+    )
+    # two tokens; those at least a quarter as likely as the first (.5, .3, .15); all
+    assert kept.tolist() == [1, 2, 3]
+
+
+def test_min_p_leaves_the_others_their_proportions() -> None:
+    logits = np.log(np.array([0.6, 0.3, 0.1], np.float32))
+    numbers = (np.arange(9_000) + 0.5) / 9_000
+    rows = np.broadcast_to(logits, (len(numbers), 3))
+    chosen = choose(rows, numbers, np.ones(len(numbers)), 1.0, min_p=0.4)
+    assert np.bincount(chosen, minlength=3).tolist() == [6000, 3000, 0]
+
+
+def test_a_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None:
+    logits = np.array([2.0, -2.0, 1.0, -1.0], np.float32)
+    penalise(logits, [0, 1, 0], 2.0)
+    assert logits.tolist() == [1.0, -4.0, 1.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": 0},
+        {"max_new_tokens": 0},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"stop": ("",)},
+    ],
+)
+def test_a_decoding_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 5, "max_new_tokens": 5}
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Decoding(**{**settings, **wrong})

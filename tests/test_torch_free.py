@@ -1,7 +1,9 @@
 """The base install is the runtime: these modules work where torch cannot be imported."""
 
 from pathlib import Path
+from typing import Any
 
+from cai_scale.records import read_jsonl
 from processes import run_python
 
 BLOCK = """
@@ -13,7 +15,7 @@ class Block:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 BLOCKED = {"torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets",
-           "onnx", "onnxscript", "optimum", "rich", "matplotlib", "pandas"}
+           "onnx", "onnxscript", "optimum", "rich", "matplotlib", "pandas", "safetensors"}
 sys.meta_path.insert(0, Block())
 """
 
@@ -26,6 +28,7 @@ def test_torch_free_modules_do_their_work_without_torch() -> None:
 import cai_scale.config, cai_scale.errors, cai_scale.prompts, cai_scale.records, cai_scale.runs
 from cai_scale import constitution, prompts
 from cai_scale.critics import load_critic
+import cai_scale.runtime.serve.app, cai_scale.runtime.serve.command
 import cai_scale.runtime.generate, cai_scale.runtime.chat, cai_scale.runtime.cli
 critic = load_critic("lexicon", constitution.load())
 print(critic.score(["x"], ["a useful tip"])[0].overall, len(prompts.load("heldout")))
@@ -46,6 +49,16 @@ def test_scoring_and_generating_need_no_torch(bundle: Path) -> None:
         "-c", code, "generate", "--bundle", str(bundle), "--prompt", "Why?", "--max_new_tokens", "5"
     )
     assert (answered.returncode, answered.stderr) == (0, "")
+
+
+def test_verifying_and_tracing_need_no_torch(finished_run: Any, bundle: Path) -> None:
+    code = BLOCK + "from cai_scale.cli import main; sys.exit(main(sys.argv[1:]))"
+    for path in (finished_run.path, bundle):
+        verified = run_python("-c", code, "verify", str(path))
+        assert (verified.returncode, verified.stderr) == (0, "")
+    prompt_id = next(record["id"] for _, record in read_jsonl(finished_run.prompts("train")))
+    traced = run_python("-c", code, "trace", prompt_id, "--run", str(finished_run.path))
+    assert (traced.returncode, traced.stderr) == (0, "")
 
 
 def test_training_without_its_extra_is_one_line() -> None:

@@ -127,3 +127,37 @@ def save_tiny_constitution(path: Path) -> Path:
             other["terms"] = {language: [f"{language}zz{index}"] for language in ("en", "vi")}
     path.write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
     return path
+
+
+def save_tiny_scorer(folder: Path, labels: tuple[str, ...], *, kind: str = "llama") -> Path:
+    """A Llama or GPT-2 of two layers with a score head, its pad token the end of a message."""
+    import torch
+    from transformers import (
+        GPT2Config,
+        GPT2ForSequenceClassification,
+        LlamaConfig,
+        LlamaForSequenceClassification,
+    )
+
+    tokenizer = tiny_tokenizer()
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": 0.15,
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+    torch.manual_seed(0)
+    model: Any
+    if kind == "gpt2":
+        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=1024, **common)
+        model = GPT2ForSequenceClassification(config)
+    else:
+        shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config = LlamaConfig(max_position_embeddings=1024, **shape, **heads, **common)
+        model = LlamaForSequenceClassification(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

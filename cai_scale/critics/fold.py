@@ -20,6 +20,9 @@ _PLACEMENTS = {
 }
 _PLACEMENT = re.compile("|".join(_PLACEMENTS))
 
+# Texts are folded by pieces that stay in the processor's cache. Nothing folds across the space
+# where a piece begins.
+_PIECE = re.compile(r".{1,4096}+\S*+", re.DOTALL)
 _FIRST_MARK = "\u0300"  # no character below it ever joins the one before
 _CROWD = re.compile(r"[^\w\s\x00-\u02ff]{64,}")
 
@@ -36,10 +39,13 @@ def tokens(folded: str) -> list[str]:
 
 def fold(text: str) -> str:
     """Case-folded, NFC, with one apostrophe and one placement of tone marks."""
-    text = _lower(text)
     if text.isascii():
-        return text
-    text = text.replace("’", "'").replace("ʼ", "'")
+        return text.casefold()
+    return "".join(map(_fold, _PIECE.findall(text)))
+
+
+def _fold(text: str) -> str:
+    text = _lower(text).replace("’", "'").replace("ʼ", "'")
     return _PLACEMENT.sub(lambda match: _PLACEMENTS[match[0]], text)
 
 

@@ -1,5 +1,5 @@
 """Prompts: the two bundled sets, and the files and datasets that users bring."""
 
-from cai_scale.prompts.load import HELDOUT, TRAIN, load
+from cai_scale.prompts.load import HELDOUT, TRAIN, digest, load
 
-__all__ = ["HELDOUT", "TRAIN", "load"]
+__all__ = ["HELDOUT", "TRAIN", "digest", "load"]

@@ -2,7 +2,8 @@
 
 import csv
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ def load(source: str) -> list[Prompt]:
     if not prompts:
         raise DataError(f"{source}: no rows; write at least one with a `prompt` column")
     return prompts
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """The SHA-256 of the prompts, whatever file they were read from."""
+    lines = "\n".join(canonical(asdict(prompt)) for prompt in prompts)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:

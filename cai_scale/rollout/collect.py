@@ -6,21 +6,15 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING
 
 from cai_scale.errors import DataError
 from cai_scale.ranks import Ranks, wait_for
 from cai_scale.records import Prompt, Response, canonical, read_jsonl, read_records, write_jsonl
 from cai_scale.rollout.sampler import Request, Sampler, cut
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Key = tuple[str, int]
 
@@ -71,9 +65,13 @@ def collect(
             _join(parts, [(r.prompt_id, r.sample) for r in requests], product)
         wait_for(product)
     responses = read_records(product, lambda record: Response(**record))
-    if [(r.prompt_id, r.sample) for r in responses] != [(r.prompt_id, r.sample) for r in requests]:
+    if [_asked(response) for response in responses] != [_asked(request) for request in requests]:
         raise DataError(f"{product} does not hold the answers that were asked for; remove it")
     return responses
+
+
+def _asked(one: Request | Response) -> tuple[str, int, int, float]:
+    return one.prompt_id, one.sample, one.round, one.temperature
 
 
 def _work(
@@ -114,7 +112,17 @@ def _work(
             progress.update(task, advance=1, rate=f"{tokens / elapsed:.0f} tokens/s")
 
 
-def _progress(ranks: Ranks) -> Progress:
+def _progress(ranks: Ranks) -> "Progress":
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -59,14 +59,20 @@ def revise(
             index = where[revision.prompt_id, revision.sample]
             prompt = prompt_of[revision.prompt_id]
             score = critic.score([prompt.text], [revision.text])[0]
-            if score is not None and _better(score, scores[index]):
+            if better(score, scores[index]):
                 best[index] = replace(revision, sample=best[index].sample, revised=True)
                 scores[index] = score
     return best
 
 
-def _better(new: Score, old: Score | None) -> bool:
-    return old is None or new.overall > old.overall
+def better(new: Score | None, old: Score | None) -> bool:
+    """Whether a revision takes the place of what it revised; an empty answer has no score."""
+    return new is not None and (old is None or new.overall > old.overall)
+
+
+def sample_of(revision: Response) -> int:
+    """The sample that a revision, as it is stored, was asked for in place of."""
+    return revision.sample % _FIRST_SAMPLE
 
 
 def _request(prompt: Prompt, response: Response, ask: str, seed: int, attempt: int) -> Request:

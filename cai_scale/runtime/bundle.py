@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from cai_scale.runtime.integrity import check, refused
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"  # beside it, as sha256sum reads it
 README = "README.md"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -24,6 +25,7 @@ PARITY = "parity.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
+CHAT = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE)
 # A variant's graphs, as the manifest names them: the contract by the names that readers of ONNX
 # models use, and where there is one the fused graph, which has its weights in the same sidecar.
 VARIANTS = {
@@ -33,6 +35,11 @@ VARIANTS = {
     "q4": {"graph": "onnx/model_q4.onnx", "fused": "onnx/fused_q4.onnx"},
 }
 WEIGHTS_SUFFIX = "_data"
+# The reward model, where the bundle has one: config, tokenizer and template as above, and graphs.
+REWARD = "reward"
+REWARD_VARIANTS = {
+    name: {"graph": f"{REWARD}/{VARIANTS[name]['graph']}"} for name in ("fp32", "q8")
+}
 SCORERS = ("lexicon", "reward")  # what a bundle scores with
 
 
@@ -56,7 +63,7 @@ class Bundle:
         Raises:
             ConfigError: the bundle has no such variant; those that it has are listed.
         """
-        return self.path / self._variant(variant)["graph"]
+        return self.path / self._variant(self.manifest, variant)["graph"]
 
     def fused(self, variant: str | None = None) -> Path | None:
         """The fused graph of a variant, for rows padded on the right; None where it has none.
@@ -64,12 +71,25 @@ class Bundle:
         Raises:
             ConfigError: as of `graph`.
         """
-        name = self._variant(variant).get("fused")
+        name = self._variant(self.manifest, variant).get("fused")
         return None if name is None else self.path / name
 
-    def _variant(self, variant: str | None) -> Mapping[str, str]:
-        variants = self.manifest["variants"]
-        name = variant or self.manifest["default"]
+    def reward_graph(self, variant: str | None = None) -> Path:
+        """The graph of a variant of the bundle's reward model; of its default one likewise.
+
+        Raises:
+            MissingError: the bundle has no reward model.
+            ConfigError: the reward model has no such variant; those that it has are listed.
+        """
+        if self.manifest.get("scorer") != "reward":
+            raise MissingError(
+                f"bundle {self.path} has no reward model and scores with the lexicon; export one "
+                f"with 'cai-export --merge-lora --reward DIR'"
+            )
+        return self.path / self._variant(self.manifest["reward"], variant)["graph"]
+
+    def _variant(self, part: Mapping[str, Any], variant: str | None) -> Mapping[str, str]:
+        variants, name = part["variants"], variant or part["default"]
         if name not in variants:
             raise ConfigError(
                 f"bundle {self.path} has no variant {name!r}; choose one of: {', '.join(variants)}"
@@ -112,20 +132,37 @@ def _read_manifest(path: Path, expect_sha256: str | None) -> dict[str, Any]:
         raise refused(path, f"{MANIFEST} cannot be read ({error})") from None
     if manifest.get("schema") != SCHEMA:
         raise refused(path, f"{MANIFEST} has schema {manifest.get('schema')!r}, expected {SCHEMA}")
-    kinds = {"files": dict, "variants": dict, "default": str, "constitution": str}
-    for key, kind in kinds.items():
-        if not isinstance(manifest.get(key), kind):
-            raise refused(path, f"{MANIFEST} has no proper {key!r}")
-    for name in (CONFIG, GENERATION, CONSTITUTION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE):
-        if name not in manifest["files"]:
-            raise refused(path, f"{MANIFEST} does not list {name}")
-    for variant, graphs in manifest["variants"].items():
-        _check_variant(path, variant, graphs, manifest["files"])
-    if manifest["default"] not in manifest["variants"]:
-        raise refused(path, f"{MANIFEST} has no variant {manifest['default']!a}, its default")
+    _check_kinds(path, manifest, {"files": dict, "constitution": str})
+    _check_files(path, manifest, [CONFIG, GENERATION, CONSTITUTION, *CHAT])
+    _check_variants(path, manifest, manifest["files"])
     if manifest.get("scorer", "lexicon") not in SCORERS:
         raise refused(path, f"{MANIFEST} has no proper 'scorer'")
+    if manifest.get("scorer") == "reward":
+        _check_kinds(path, manifest, {"reward": dict})
+        _check_kinds(path, manifest["reward"], {"labels": list})
+        _check_files(path, manifest, [f"{REWARD}/{name}" for name in (CONFIG, *CHAT)])
+        _check_variants(path, manifest["reward"], manifest["files"])
     return manifest
+
+
+def _check_kinds(path: Path, part: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(part.get(key), kind):
+            raise refused(path, f"{MANIFEST} has no proper {key!r}")
+
+
+def _check_files(path: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in manifest["files"]:
+            raise refused(path, f"{MANIFEST} does not list {name}")
+
+
+def _check_variants(path: Path, part: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    _check_kinds(path, part, {"variants": dict, "default": str})
+    for variant, graphs in part["variants"].items():
+        _check_variant(path, variant, graphs, files)
+    if part["default"] not in part["variants"]:
+        raise refused(path, f"{MANIFEST} has no variant {part['default']!a}, its default")
 
 
 def _check_variant(path: Path, variant: str, graphs: Any, files: Mapping[str, str]) -> None:

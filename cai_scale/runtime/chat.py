@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from cai_scale.errors import DataError
-from cai_scale.records import Message
+from cai_scale.records import Message, read_json
 from cai_scale.runtime.bundle import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Bundle
 from cai_scale.runtime.template import compile_template
 
@@ -18,11 +18,13 @@ SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 class Chat:
     """Renders a conversation as the model was trained to read it, and counts it in tokens."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.tokenizer = _tokenizer(bundle.path)
-        settings = bundle.json(TOKENIZER_CONFIG)
+    def __init__(self, bundle: Bundle, part: str = "") -> None:
+        """Read the tokenizer of a bundle, or of a `part` of it that has its own."""
+        folder = bundle.path / part
+        self.tokenizer = _tokenizer(folder)
+        settings = read_json(folder / TOKENIZER_CONFIG)
         self._special = {name: _text(settings[name]) for name in SPECIAL if settings.get(name)}
-        self._template = compile_template((bundle.path / TEMPLATE).read_text("utf-8"))
+        self._template = compile_template((folder / TEMPLATE).read_text("utf-8"))
 
     def render(self, messages: Sequence[Message], *, answer: bool = True) -> str:
         """A conversation as the model reads it; with `answer`, up to where its answer begins.
@@ -44,9 +46,9 @@ class Chat:
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the chat template refuses the conversation: {error}") from None
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation that waits for the assistant's answer."""
-        text = self.render(messages)
+    def encode(self, messages: Sequence[Message], *, answer: bool = True) -> list[int]:
+        """The tokens of what `render` makes of a conversation."""
+        text = self.render(messages, answer=answer)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -17,6 +17,7 @@ from cai_scale.runtime.sampling import Decoding, choose, penalise, top, uniforms
 from cai_scale.runtime.text import GrowingText
 
 ROWS = 32
+ADMITTED_TOKENS = 1024  # of prompts, read in one step: running answers do not wait longer for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +216,15 @@ class Generator:
         return pieces
 
     def _admit(self) -> None:
-        count = min(self.rows - len(self._running), len(self._waiting))
-        if count == 0:
+        new: list[tuple[int, Request]] = []
+        tokens = 0
+        while self._waiting and len(self._running) + len(new) < self.rows:
+            tokens += len(self._waiting[0][1].tokens)
+            if new and tokens > ADMITTED_TOKENS:
+                break
+            new.append(self._waiting.popleft())
+        if not new:
             return
-        new = [self._waiting.popleft() for _ in range(count)]
         room = max(request.room for _, request in new)
         # A prompt's last token is fed by the first step, like every later one.
         self._cache.prefill([request.tokens[:-1] for _, request in new], room)

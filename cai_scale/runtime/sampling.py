@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cai_scale.errors import ConfigError
 
+COLDEST = 1e-6  # lower temperatures choose as this one does, without an overflow
 Floats = float | NDArray[np.float64]
 
 
@@ -82,7 +83,8 @@ def choose(
     Returns:
         [rows], columns of `logits`.
     """
-    scaled = logits.astype(np.float64) / np.where(temperature > 0, temperature, 1.0)[:, None]
+    warmth = np.where(temperature > 0, np.maximum(temperature, COLDEST), 1.0)
+    scaled = logits.astype(np.float64) / warmth[:, None]
     weights = np.exp(scaled - scaled[:, :1])
     if top_k is not None:
         weights[np.arange(logits.shape[1]) >= top_k[:, None]] = 0.0

@@ -32,12 +32,16 @@ def lora(r: int, alpha: int, dropout: float) -> "LoraConfig":
 def adapter_shapes(model: "PeftModel") -> Shapes:
     """The names and shapes that a saved adapter of this model must have.
 
-    Under ZeRO-3 a parameter lies in pieces, and its whole shape is its `ds_shape`.
+    Under ZeRO-3 a parameter lies in pieces, and its whole shape is its `ds_shape`. A module that
+    is trained whole, such as a score head, is saved under its plain name.
     """
+    whole = ".modules_to_save.default."
     return {
-        name.replace(".default.", "."): tuple(getattr(parameter, "ds_shape", parameter.shape))
+        name.replace(whole, ".").replace(".default.", "."): tuple(
+            getattr(parameter, "ds_shape", parameter.shape)
+        )
         for name, parameter in model.named_parameters()
-        if ".lora_" in name
+        if ".lora_" in name or whole in name
     }
 
 

@@ -1,7 +1,7 @@
 """Find and load a language model and its tokenizer: a folder, a hub name, or an alias."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from cai_scale.training.aliases import ALIASES, cache, convert, packaged
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # One plain template for models that bring none (GPT-2); it travels with the bundle.
 PLAIN_TEMPLATE = (
@@ -98,9 +98,8 @@ def check_prompts(model: str, prompts: Sequence[Prompt], new_tokens: int) -> Non
         DataError: a prompt leaves no room for an answer of `new_tokens`.
     """
     from jinja2 import TemplateError
-    from transformers import AutoConfig
 
-    room = getattr(_load(AutoConfig, model), "max_position_embeddings", None) or float("inf")
+    room = getattr(load_config(model), "max_position_embeddings", None) or float("inf")
     tokenizer = load_tokenizer(model)
     if tokenizer.eos_token is None:
         raise ConfigError(f"model {model} has no end token; set eos_token in its tokenizer")
@@ -122,6 +121,13 @@ def check_prompts(model: str, prompts: Sequence[Prompt], new_tokens: int) -> Non
             )
 
 
+def load_config(model: str) -> "PretrainedConfig":
+    """The model's configuration, without its weights."""
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, model)
+
+
 def load_model(model: str, dtype: "torch.dtype") -> "PreTrainedModel":
     """The model in evaluation mode, on this rank's GPU where there is one.
 
@@ -129,15 +135,51 @@ def load_model(model: str, dtype: "torch.dtype") -> "PreTrainedModel":
     and places them itself.
     """
     from transformers import AutoModelForCausalLM
+
+    return _load_weights(AutoModelForCausalLM, model, dtype)
+
+
+def load_scorer(
+    model: str, dtype: "torch.dtype", labels: Sequence[str], *, new_head: bool = False
+) -> "PreTrainedModel":
+    """The model with a score head of one output a label, placed as `load_model` does.
+
+    Args:
+        labels: what the head's outputs are called, in order.
+        new_head: whether the head may be new and random: it is then trained, or comes with an
+            adapter.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    from cai_scale.training.scorer import HEAD
+
+    return _load_weights(
+        AutoModelForSequenceClassification,
+        model,
+        dtype,
+        may_lack={f"{HEAD}.weight"} if new_head else set(),
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    )
+
+
+def _load_weights(
+    factory: Any,
+    model: str,
+    dtype: "torch.dtype",
+    may_lack: Collection[str] = (),
+    **options: Any,
+) -> "PreTrainedModel":
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     loaded, report = _load(
-        AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True, output_loading_info=True
+        factory, model, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
     )
-    if report["missing_keys"]:  # transformers would fill them with random numbers
+    missing = sorted(set(report["missing_keys"]) - set(may_lack))
+    if missing:  # transformers would fill them with random numbers
         raise IntegrityError(
-            f"model {model} lacks weights, {sorted(report['missing_keys'])[0]} among them; "
-            f"restore its files"
+            f"model {model} lacks weights, {missing[0]} among them; restore its files"
         )
     if not is_deepspeed_zero3_enabled():
         loaded.to(device())

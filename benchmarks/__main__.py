@@ -1,0 +1,159 @@
+"""`make bench`: run every part in turn, in a process of its own, and write BENCHMARKS.md."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from cai_scale.runs import versions
+
+PARTS = ("lexicon", "install", "decode", "scorer", "rollout")
+LIBRARIES = ("cai-scale", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "numpy")
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+
+
+def main() -> None:
+    """Measure the parts named on the command line, all without; keep the others' figures."""
+    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {}
+    for part in sys.argv[1:] or PARTS:
+        print(f"{part} …", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "result.json"
+            subprocess.run([sys.executable, HERE / f"{part}.py", "--json", path], check=True)
+            figures = json.loads(path.read_text("utf-8"))
+        results[part] = {"machine": machine(), "figures": figures}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    (HERE.parent / "BENCHMARKS.md").write_text(report(results), "utf-8")
+
+
+def machine() -> dict[str, Any]:
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB",
+        "versions": {"python": platform.python_version(), **versions(*LIBRARIES)},
+    }
+
+
+def report(results: dict[str, Any]) -> str:
+    notes = (HERE / "notes.md").read_text("utf-8")
+    parts = [notes]
+    for part in PARTS:
+        if part in results:
+            found = results[part]
+            known = ", ".join(f"{k} {v}" for k, v in found["machine"]["versions"].items())
+            parts.append(
+                f"## {TITLES[part]}\n\n{found['machine']['date']}; {found['machine']['cpu']}; "
+                f"{known}.\n\n{TABLES[part](found['figures'])}"
+            )
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def lexicon(figures: dict[str, Any]) -> str:
+    rows = [[name, *(f"{rate:.1f}" for rate in rates.values())] for name, rates in figures.items()]
+    return table(["text", "MB a second at 1 MB", "at 10 MB"], rows) + (
+        "\n\nTarget: 20 MB a second on one core, time linear in length."
+    )
+
+
+def install(figures: dict[str, Any]) -> str:
+    base, ready = figures["base install, MB"], figures["8 bits ready"]
+    disk = figures["8 bits on disk, MB"]
+    rows = [
+        ["what the project adds to its libraries", f"{base['cai-scale']:.2f} MB", "under 2 MB"],
+        ["with its libraries", f"{base['with its libraries']:.0f} MB", "about 200 MB"],
+        [
+            "import of the runtime",
+            f"{figures['import, seconds']['cai_scale.runtime']['median']:.2f} s",
+            "≤ 0.3 s",
+        ],
+        ["8-bit model ready, every hash checked", f"{ready['seconds']:.2f} s", "≤ 2 s"],
+        [
+            f"its memory after an answer, against {disk:.0f} MB on disk",
+            f"{(ready['answering'] - ready['before']) / disk:.2f} ×",
+            "≤ 1.5 ×",
+        ],
+        ["its peak while loading", f"{(ready['peak'] - ready['before']) / disk:.2f} ×", ""],
+    ]
+    return table(["", "median of 5", "target"], rows)
+
+
+def decode(figures: dict[str, Any]) -> str:
+    base = figures["llama.cpp Q4_1"]["median"]
+    targets = {"onnx q4": "≥ 1.3", "onnx q8": "≥ 0.8"}
+    rows = [
+        [name, f"{found['median']:.0f}", f"{found['median'] / base:.2f}", targets.get(name, "")]
+        for name, found in figures.items()
+        if name != "tokens"
+    ]
+    return table(["batch 1", "tokens a second", "÷ llama.cpp", "target"], rows)
+
+
+def scorer(figures: dict[str, Any]) -> str:
+    return "```json\n" + json.dumps(figures, indent=1) + "\n```"
+
+
+def rollout(figures: dict[str, Any]) -> str:
+    texts = []
+    targets = {
+        "one length": {"onnx fp32": "≥ 2.5 × fp32", "fastest": "≥ 3.5"},
+        "own lengths": {"onnx fp32": "≥ 3.25 × fp32", "fastest": "≥ 4.55"},
+    }
+    for mode, wanted in targets.items():
+        found = figures[mode]
+        torch = {name: f["median"] for name, f in found.items() if name.startswith("trans")}
+        rows = [
+            [
+                name,
+                figure["batch"],
+                f"{figure['median']:.0f}",
+                f"{figure['median'] / torch['transformers fp32']:.2f}",
+                f"{figure['median'] / max(torch.values()):.2f}",
+                wanted.get(name, ""),
+            ]
+            for name, figure in found.items()
+        ]
+        limit = figures["length" if mode == "one length" else "cap"]
+        head = ["", "batch", "tokens a second", "÷ transformers fp32", "÷ its best", "target"]
+        histogram = found["onnx fp32"]["lengths"]
+        texts.append(
+            f"### {mode.capitalize()}, {'' if mode == 'one length' else 'at most '}{limit} tokens\n"
+            f"\n{table(head, rows)}\n\nTarget of the fastest variant that passes its gate: "
+            f"{wanted['fastest']} × the best of transformers. Lengths of the fp32 answers, by "
+            f"steps of 32: " + ", ".join(f"{k}–: {v}" for k, v in histogram.items()) + "."
+        )
+    return "\n\n".join(texts)
+
+
+TITLES = {
+    "lexicon": "The lexicon critic",
+    "install": "The base install",
+    "decode": "Decoding one answer",
+    "scorer": "The reward scorer",
+    "rollout": "Rollouts",
+}
+TABLES = {
+    "lexicon": lexicon, "install": install, "decode": decode, "scorer": scorer, "rollout": rollout,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""A run's results, worked out again from its stored answers, and compared. No torch."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from cai_scale import config as settings
+from cai_scale import constitution, results
+from cai_scale import prompts as prompt_files
+from cai_scale.constitution import Constitution
+from cai_scale.critics import Critic, load_critic
+from cai_scale.errors import CaiError, GateError
+from cai_scale.preferences.pairs import read_pairs
+from cai_scale.ranks import Ranks
+from cai_scale.records import Completion, Prompt, Response, read_json
+from cai_scale.rollout.sampler import Request
+from cai_scale.runs import Run
+
+# Means are stored to six decimals; another processor may round the last one differently.
+TOLERANCE = 1.5e-6
+
+
+class Replay:
+    """Works through a run's stored answers by the code that wrote its results.
+
+    Each of `checks`, by the name of its stage, says what was found to follow from the answers.
+    It raises a `CaiError` where something does not; files that were not as they were written
+    may make it raise any other error too.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.files = run, run.round(1)
+        self.checks: dict[str, Callable[[], str]] = {
+            "start": self.start,
+            "evaluate before": functools.partial(self.evaluation, "before"),
+            "rollout": lambda: f"{len(self.rollouts)} answers, as they were asked for",
+            "revise": self.revise,
+            "pair": self.pair,
+            "evaluate after": functools.partial(self.evaluation, "after"),
+            "summary": self.summary,
+        }
+
+    @functools.cached_property
+    def config(self) -> settings.Config:
+        return settings.from_dict(self.run.settings(), str(self.run.config))
+
+    @functools.cached_property
+    def constitution(self) -> Constitution:
+        return constitution.from_dict(read_json(self.run.constitution), "constitution.json")
+
+    @functools.cached_property
+    def critic(self) -> Critic:
+        return load_critic(self.config.critic, self.constitution)
+
+    @functools.cached_property
+    def prompts(self) -> list[Prompt]:
+        return prompt_files.load(str(self.run.prompts("train")))
+
+    @functools.cached_property
+    def heldout(self) -> list[Prompt]:
+        return prompt_files.load(str(self.run.prompts("heldout")))
+
+    @functools.cached_property
+    def rollouts(self) -> list[Response]:
+        _require(self.files.rollouts)
+        return results.rollouts(self.config, self.prompts, self.files, _Stored(), Ranks())
+
+    @functools.cached_property
+    def revised(self) -> list[Response]:
+        for attempt in range(1, self.config.revisions + 1):
+            _require(self.files.revisions(attempt))
+        return results.revisions(
+            self.config,
+            self.constitution,
+            self.critic,
+            self.prompts,
+            self.rollouts,
+            self.files,
+            _Stored(),
+            Ranks(),
+        )
+
+    def answers(self, when: str) -> list[Response]:
+        _require(self.run.evaluation(when))
+        return results.heldout(self.heldout, self.run, when, _Stored(), Ranks())
+
+    def start(self) -> str:
+        record = self.run.record
+        if self.constitution.sha256 != record["constitution"]["sha256"]:
+            raise GateError("constitution.json is not the one that config.json names")
+        found = []
+        for kind, asked, source in (
+            ("train", self.prompts, self.config.prompts),
+            ("heldout", self.heldout, self.config.eval_prompts),
+        ):
+            if prompt_files.digest(asked) != record["prompts"][kind]:
+                raise GateError(f"prompts/{kind}.jsonl are not those that config.json names")
+            found.append(f"{kind} prompts {_source(source, record['prompts'][kind])}")
+        return ", ".join(found)
+
+    def evaluation(self, when: str) -> str:
+        return f"{len(self.answers(when))} answers, as they were asked for"
+
+    def revise(self) -> str:
+        kept = sum(response.revised for response in self.revised)
+        return f"asked for by the rules, and {kept} better than their samples"
+
+    def pair(self) -> str:
+        pairs, figures = results.pairs(self.config, self.critic, self.prompts, self.revised)
+        stored = read_pairs(self.files.pairs)
+        if [p.prompt_id for p in pairs] != [p.prompt_id for p in stored]:
+            raise GateError(
+                f"pairs.jsonl has {len(stored)} pairs, and the stored answers give {len(pairs)} of "
+                f"these or other prompts"
+            )
+        for pair, other in zip(pairs, stored, strict=True):
+            if pair != other:
+                raise GateError(
+                    f"the pair of prompt {pair.prompt_id} is not what the stored answers give"
+                )
+        _same(read_json(self.files.audit), figures, "audit.json")
+        return f"{len(pairs)} pairs and their audit, rebuilt from the answers"
+
+    def summary(self) -> str:
+        answered = results.answered(
+            self.critic, self.heldout, self.answers("before"), self.answers("after")
+        )
+        seconds = read_json(self.run.times)
+        again = results.summary(self.config, self.constitution, self.critic, answered, seconds)
+        _same(read_json(self.run.summary), again, "summary.json")
+        return f"answers to {again['n']} prompts scored again, table and interval recomputed"
+
+
+class _Stored:
+    """Stands where a sampler does when every answer is there already."""
+
+    def prompt_tokens(self, request: Request) -> int:
+        raise GateError(f"the answer to {request.prompt_id} is not stored")
+
+    def sample(self, batches: Sequence[Sequence[Request]]) -> Iterator[tuple[Request, Completion]]:
+        raise GateError(f"the answer to {batches[0][0].prompt_id} is not stored")
+
+
+def _source(name: str, digest: str) -> str:
+    """Whether the prompts' source, which may have moved since, is as it was."""
+    bundled = name in (prompt_files.TRAIN, prompt_files.HELDOUT)
+    if not bundled and not Path(name).is_file():
+        return "as kept (their source is not at hand)"
+    try:
+        same = prompt_files.digest(prompt_files.load(name)) == digest
+    except CaiError:
+        same = False
+    return "as in their source" if same else f"as kept (their source {name} has changed since)"
+
+
+def _same(stored: object, again: object, where: str) -> None:
+    """Complain about the first place where two JSON values differ."""
+    if isinstance(stored, dict) and isinstance(again, dict):
+        for key in {**again, **stored}:
+            if key not in stored or key not in again:
+                raise GateError(f"{where} {'lacks' if key in again else 'has an unknown'} {key!r}")
+            _same(stored[key], again[key], f"{where}: {key}")
+    elif isinstance(stored, list) and isinstance(again, list) and len(stored) == len(again):
+        for one, other in zip(stored, again, strict=True):
+            _same(one, other, where)
+    elif isinstance(stored, float) and isinstance(again, float):
+        if not abs(stored - again) <= TOLERANCE:
+            raise GateError(f"{where} is {stored}, and {again} when recomputed")
+    elif stored != again:
+        raise GateError(f"{where} is {stored!r}, and {again!r} when recomputed")
+
+
+def _require(file: Path) -> None:
+    if not file.is_file():
+        raise GateError(f"{file.name} is missing")

@@ -1,0 +1,125 @@
+"""Score responses with a bundle's reward model: numpy, onnxruntime, tokenizers. No torch."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cai_scale.errors import DataError, IntegrityError
+from cai_scale.runtime.bundle import CONFIG, REWARD, Bundle
+from cai_scale.runtime.chat import Chat
+from cai_scale.runtime.graph import open_session
+
+BATCH_TOKENS = 2048  # with padding; more is no faster on a CPU, and holds more memory
+
+
+class ScorerGraph:
+    """A scorer's graph: tokens and a mask go in, a score a label comes out.
+
+    Positions and the scored token come from the mask inside, so rows may be padded on either
+    side, with any token.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._session = open_session(path)
+
+    def run(self, input_ids: NDArray[Any], attention_mask: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits, [rows, labels].
+
+        Args:
+            input_ids: [rows, tokens], int64.
+            attention_mask: [rows, tokens], int64; 0 marks padding.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._session.run(["logits"], inputs)[0]
+
+
+class RewardModel:
+    """A bundle's reward model.
+
+    `labels` are what it scores: "overall" alone, or each principle by its id.
+    """
+
+    def __init__(self, bundle: Bundle, variant: str | None = None) -> None:
+        graph = bundle.reward_graph(variant)
+        self.labels = tuple(str(label) for label in bundle.manifest["reward"]["labels"])
+        try:
+            self.graph = ScorerGraph(graph)
+            self.chat = Chat(bundle, REWARD)
+            self.longest = int(bundle.json(f"{REWARD}/{CONFIG}")["max_position_embeddings"])
+        except Exception as error:  # each reader raises its own kinds
+            reason = " ".join(str(error).split())[:200]
+            raise IntegrityError(
+                f"bundle {bundle.path} cannot be loaded ({type(error).__name__}: {reason}); "
+                f"export it again"
+            ) from None
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, float]]:
+        """Each response's score by label, in [0, 1] and in the order of the responses.
+
+        An empty response is scored like any other; it is for the caller to leave it out.
+
+        Raises:
+            DataError: a conversation is longer than the model reads, or not Unicode text.
+        """
+        scores = np.clip(self.raw(prompts, responses), 0.0, 1.0).tolist()
+        return [dict(zip(self.labels, row, strict=True)) for row in scores]
+
+    def raw(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float32]:
+        """What the head says: [responses, labels], not clipped; otherwise as `score`."""
+        rows = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        return score_tokens(self.graph, rows, len(self.labels))
+
+    def encode(self, prompt: str, response: str) -> list[int]:
+        """The tokens of a prompt with its response.
+
+        Raises:
+            DataError: they are more than the model reads, or not Unicode text.
+        """
+        messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
+        tokens = self.chat.encode(messages, answer=False)
+        if not 0 < len(tokens) <= self.longest:
+            raise DataError(
+                f"response {response[:40]!r} and its prompt have {len(tokens)} tokens, the reward "
+                f"model reads 1 to {self.longest}; shorten the response"
+            )
+        return tokens
+
+
+def score_tokens(
+    graph: ScorerGraph, rows: Sequence[Sequence[int]], labels: int, limit: int = BATCH_TOKENS
+) -> NDArray[np.float32]:
+    """Score rows of tokens, those of like length together: [rows, labels], in their order."""
+    scores = np.empty((len(rows), labels), np.float32)
+    for batch in batches([len(row) for row in rows], limit):
+        scores[batch] = graph.run(*pad([rows[index] for index in batch]))
+    return scores
+
+
+def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices in batches, the longest first, of at most `limit` tokens with their padding.
+
+    A row longer than `limit` stands alone.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > limit:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def pad(
+    rows: Sequence[Sequence[int]], *, left: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens and their mask, [rows, longest row] each."""
+    width = max(map(len, rows))
+    tokens, mask = np.zeros((2, len(rows), width), np.int64)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        tokens[index, place], mask[index, place] = row, 1
+    return tokens, mask

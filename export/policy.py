@@ -1,0 +1,61 @@
+"""The graph of a run's current policy: what the runtime needs of a bundle, and no more."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from cai_scale.constitution import Constitution
+from cai_scale.records import sha256, write_json
+from cai_scale.runtime import bundle as layout
+from cai_scale.training import models
+
+
+def fusible(model: str) -> bool:
+    """Whether there is a fused graph for the architecture of a model, by its name."""
+    from .fuse import knows
+
+    return knows(models.load_config(model))
+
+
+def export_policy(
+    model: str,
+    adapter: Path | None,
+    folder: Path,
+    variants: Sequence[str],
+    constitution: Constitution,
+) -> None:
+    """Export a model, its adapter merged, into a folder that appears when it is complete.
+
+    It has the fused graph alone where there is one, and no parity report: it answers in the run
+    that made it and is no bundle for others.
+    """
+    from . import variants as graphs
+    from .bundle import write_model_files
+    from .fuse import fuse
+    from .graph import trace
+    from .merge import merged_policy
+    from .normalise import normalise
+
+    aside = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "onnx").mkdir(parents=True)
+    merged = merged_policy(model, adapter)
+    fused = fuse(merged.model)
+    fp32 = {"graph": normalise(trace(merged.model))} if fused is None else {"fused": fused}
+    files = {name: graphs.write(aside, name, fp32) for name in variants}
+    first = next(iter(files[variants[0]].values()))
+    write_model_files(aside, merged, aside / first)
+    write_json(aside / layout.CONSTITUTION, constitution.data)
+    manifest = {
+        "schema": layout.SCHEMA,
+        "constitution": constitution.sha256,
+        "variants": {name: {"graph": found.get("fused"), **found} for name, found in files.items()},
+        "default": variants[0],
+        "files": {
+            path.relative_to(aside).as_posix(): sha256(path)
+            for path in sorted(aside.rglob("*"))
+            if path.is_file()
+        },
+    }
+    write_json(aside / layout.MANIFEST, manifest)
+    aside.rename(folder)
