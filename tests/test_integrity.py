@@ -184,7 +184,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "schema": 1,
             "constitution": constitution.load().sha256,
-            "variants": {"fp32": "onnx/model.onnx"},
+            "variants": {"fp32": {"graph": "onnx/model.onnx"}},
             "default": "fp32",
             "scorer": "lexicon",
             "files": dict.fromkeys([*set(names) - {"onnx"}, "onnx/model.onnx_data"]),
@@ -284,8 +284,12 @@ def test_names_that_are_no_plain_paths_are_refused(tampered: Path, name: str) ->
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"variants": {"fp32": []}}, "does not list"),
-        ({"variants": {"fp32": "config.json"}}, "no .onnx file"),
+        ({"variants": {"fp32": "onnx/model.onnx"}}, "no proper variant 'fp32'"),
+        ({"variants": {"fp32": {"fused": "onnx/model.onnx"}}}, "no proper variant"),
+        ({"variants": {"fp32": {"graph": "onnx/model.onnx", "x": "y"}}}, "no proper variant"),
+        ({"variants": {"fp32": {"graph": []}}}, "does not list"),
+        ({"variants": {"fp32": {"graph": "onnx/model.onnx", "fused": "x.onnx"}}}, "does not list"),
+        ({"variants": {"fp32": {"graph": "config.json"}}}, "no .onnx file"),
         ({"default": "q8"}, "no variant 'q8', its default"),
         ({"scorer": "oracle"}, "no proper 'scorer'"),
         ({"scorer": []}, "no proper 'scorer'"),
