@@ -9,6 +9,8 @@ import copy
 import io
 from typing import TYPE_CHECKING, Any
 
+from cai_scale.runtime.graph import KEPT
+
 if TYPE_CHECKING:
     import onnx_ir
     from transformers import PretrainedConfig, PreTrainedModel
@@ -59,6 +61,7 @@ def fuse(model: "PreTrainedModel") -> "onnx_ir.Model | None":
     _leave_out_unnamed(graph)
     if config.tie_word_embeddings:
         _tie(graph)
+    _keep_some_logits(graph)
     _fix_axes(graph, builder.head_size)
     return builder.model
 
@@ -80,6 +83,20 @@ def _tie(graph: "onnx_ir.Graph") -> None:
     graph.insert_before(next(iter(head.uses())).node, transpose)
     head.replace_all_uses_with(transpose.outputs[0])
     del graph.initializers[HEAD]
+
+
+def _keep_some_logits(graph: "onnx_ir.Graph") -> None:
+    """Let an input say for which of the new tokens logits are wanted: when a prompt is read, none
+    are, and the head is a fifth of a small model's work."""
+    import onnx_ir
+
+    head = next(value for value in graph.outputs if value.name == "logits").producer()
+    kept = onnx_ir.val(KEPT, onnx_ir.DataType.INT64, ["kept_length"])
+    graph.inputs.append(kept)
+    gather = onnx_ir.node("Gather", [head.inputs[0], kept], {"axis": 1}, name="/lm_head/Kept")
+    graph.insert_before(head, gather)
+    head.replace_input_with(0, gather.outputs[0])
+    graph.outputs[0].shape = onnx_ir.Shape(["batch_size", "kept_length", graph.outputs[0].shape[2]])
 
 
 def _fix_axes(graph: "onnx_ir.Graph", head_size: int) -> None:

@@ -50,6 +50,7 @@ def simplify(model: "onnx_ir.Model") -> None:
         common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
+        common.ClearMetadataAndDocStringPass(),  # the tracer's notes: stacks, with paths of files
     )(model)
 
 

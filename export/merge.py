@@ -68,6 +68,8 @@ def merge(run: Run, sequences: Sequence[Sequence[int]]) -> Merged:
     adapted = models.with_adapter(models.load_model(name, torch.float32).cpu(), run.adapter)
     before = [_logits(adapted, sequence) for sequence in sequences]
     merged = adapted.merge_and_unload(safe_merge=True).eval()
+    for parameter in merged.parameters():  # lets go of the base model's file, mapped into memory
+        parameter.data = parameter.data.clone()
     deltas = [
         (old - _logits(merged, sequence)).abs().max()
         for old, sequence in zip(before, sequences, strict=True)

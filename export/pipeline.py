@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .variants import Variant
 
-EXACT_SEQUENCES = 12
+MERGE_SEQUENCES = 4
 
 
 def export(
@@ -59,7 +59,7 @@ def export(
         source = None if reward is None else find(reward, constitution)
         sequences = _sequences(run, load_tokenizer(run.settings()["model"]), MIN_TOKENS)
         status.update("merging the adapter")
-        merged = merge(run, sequences[:EXACT_SEQUENCES])
+        merged = merge(run, sequences[:MERGE_SEQUENCES])
         status.update("tracing the graph (a minute or less)")
         graphs = _graphs(merged.model)
         (folder / "onnx").mkdir()
@@ -130,7 +130,7 @@ def _sequences(run: runs.Run, tokenizer: "PreTrainedTokenizerBase", tokens: int)
     for conversation in _answers(run):
         ids = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)
         sequences.append(list(ids["input_ids"]))
-        if sum(map(len, sequences)) > tokens and len(sequences) >= EXACT_SEQUENCES:
+        if sum(map(len, sequences)) > tokens:
             break
     return sequences
 

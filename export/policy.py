@@ -1,4 +1,4 @@
-"""The graph of a run's current policy, for rollouts: what the runtime needs of a bundle, no more."""
+"""The graph of a run's current policy: what the runtime needs of a bundle, and no more."""
 
 import shutil
 from collections.abc import Sequence

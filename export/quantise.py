@@ -11,7 +11,6 @@ from .rounding import BLOCK, Array, quantise_matrix
 if TYPE_CHECKING:
     import onnx_ir
 
-ACCURACY_LEVEL = 4  # of a product: each row's activations at 8 bits, in blocks; 0 keeps fp32
 HEAD_BITS = 8  # the head chooses the token, and the embedding is often the same matrix
 DOMAIN = "com.microsoft"
 
@@ -21,14 +20,15 @@ def quantise(
     bits: int,
     method: str = "nearest",
     *,
-    accuracy_level: int = ACCURACY_LEVEL,
+    accuracy_level: int = 4,
 ) -> list["onnx_ir.Model"]:
     """Quantised copies of graphs of one model; a matrix that they share is rounded once.
 
     Args:
         bits: 4 or 8; the head and the embedding take 8, rounded to nearest.
         method: one of `rounding.METHODS`.
-        accuracy_level: of the products, 0 or 4.
+        accuracy_level: of the products: 4 rounds each row's activations to 8 bits, in blocks; 0
+            keeps them.
     """
     quantiser = _Quantiser(bits, method, accuracy_level)
     return [quantiser.copy(model) for model in models]
@@ -37,7 +37,7 @@ def quantise(
 class _Quantiser:
     def __init__(self, bits: int, method: str, accuracy_level: int) -> None:
         self.bits, self.method, self.accuracy_level = bits, method, accuracy_level
-        self._done: dict[tuple[str, int], list[Array]] = {}
+        self._done: dict[tuple[str, bool, int], list[Array]] = {}
 
     def copy(self, model: "onnx_ir.Model") -> "onnx_ir.Model":
         from onnx_ir.convenience import replace_nodes_and_values
@@ -62,31 +62,39 @@ class _Quantiser:
         weight, transposed = _constant(node.inputs[1])
         if weight is None:
             return None
-        array = _array(weight)
-        array = array.T if transposed else array
         head = node.outputs[0].name == "logits"
         bits, method = (HEAD_BITS, "nearest") if head else (self.bits, self.method)
-        rows, columns = array.shape
-        sizes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK}
-        constants = _initialise(graph, weight, self._quantised(array, bits, method))
-        settings = {**sizes, "accuracy_level": self.accuracy_level}
-        return _node("MatMulNBits", [node.inputs[0], *constants], settings, node.name)
+        arrays = self._quantised(weight, transposed, bits, method)
+        rows, columns = reversed(_shape(weight)) if transposed else _shape(weight)
+        settings = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK}
+        settings["accuracy_level"] = self.accuracy_level
+        inputs = [node.inputs[0], *_initialise(graph, weight, arrays)]
+        return _node("MatMulNBits", inputs, settings, node.name)
 
     def _lookup(self, graph: "onnx_ir.Graph", node: "onnx_ir.Node") -> "onnx_ir.Node | None":
         """A token's row of a constant embedding: the head's blocks where it is tied."""
         weight, transposed = _constant(node.inputs[0])
-        if weight is None or transposed or _array(weight).shape[1] % BLOCK:
+        if weight is None or transposed or _shape(weight)[1] % BLOCK:
             return None
-        array = _array(weight)
-        packed, scales = self._quantised(array.T, HEAD_BITS, "nearest")
-        rows, scales = _initialise(graph, weight, [packed.reshape(array.shape), scales], "rows")
-        sizes = {"bits": HEAD_BITS, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        return _node("GatherBlockQuantized", [rows, node.inputs[1], scales], sizes, node.name)
+        packed, scales = self._quantised(weight, True, HEAD_BITS, "nearest")
+        arrays = [packed.reshape(_shape(weight)), scales]
+        rows, steps = _initialise(graph, weight, arrays, "rows")
+        settings = {"bits": HEAD_BITS, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        return _node("GatherBlockQuantized", [rows, node.inputs[1], steps], settings, node.name)
 
-    def _quantised(self, array: Array, bits: int, method: str) -> list[Array]:
-        key = hashlib.sha256(array.tobytes()).hexdigest(), bits
+    def _quantised(
+        self, weight: "onnx_ir.Value", transposed: bool, bits: int, method: str
+    ) -> list[Array]:
+        import onnx_ir
+
+        tensor = weight.const_value
+        array = np.asarray(tensor)
+        key = hashlib.sha256(array.tobytes()).hexdigest(), transposed, bits
         if key not in self._done:
-            self._done[key] = quantise_matrix(array, bits, method)
+            self._done[key] = quantise_matrix(array.T if transposed else array, bits, method)
+        del array
+        if isinstance(tensor, onnx_ir.ExternalTensor):
+            tensor.release()  # its file, mapped into memory
         return self._done[key]
 
 
@@ -102,8 +110,9 @@ def _constant(value: "onnx_ir.Value | None") -> "tuple[onnx_ir.Value | None, boo
     return (source, transposed) if len(source.const_value.shape) == 2 else (None, False)
 
 
-def _array(weight: "onnx_ir.Value") -> Array:
-    return np.asarray(weight.const_value)
+def _shape(weight: "onnx_ir.Value") -> tuple[int, int]:
+    rows, columns = weight.const_value.shape
+    return int(rows), int(columns)
 
 
 def _initialise(

@@ -10,21 +10,22 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from cai_export import weights
 from cai_export.bundle import context_length
-from cai_export.cli import _save
+from cai_export.fuse import fuse
 from cai_export.genai import genai_config
 from cai_export.graph import trace
 from cai_export.normalise import normalise
-from cai_export.parity import check_close, check_exact
+from cai_export.parity import Reference, check_exact, measure
 from cai_export.quantise import quantise
 
 from cai_scale.errors import ConfigError, GateError
-from cai_scale.runtime.generate import Graph
+from cai_scale.runtime.graph import FusedGraph, Graph
 from cai_scale.training.models import load_model, load_tokenizer
 from tiny import save_tiny_gemma, save_tiny_gpt2, save_tiny_llama, save_tiny_qwen
 
 # Longer than the window of the Gemmas, and of different lengths.
-SEQUENCES = [list(range(5 + 40 * i, 20 + 47 * i)) for i in range(1, 8)]
+SEQUENCES = [list(range(5 + 40 * i, 80 + 47 * i)) for i in range(1, 8)] * 4
 
 
 @dataclass(frozen=True)
@@ -34,26 +35,29 @@ class Shape:
     save: Callable[[Path], Path]
     heads: int  # of keys and values
     size: int  # of a head
-    products: int  # weights at 8 bits
+    products: int  # weights at 8 bits, the head among them
+    fused: bool = True
 
 
 SHAPES = {
-    "llama": Shape(save_tiny_llama, heads=2, size=16, products=14),
-    "gpt2": Shape(save_tiny_gpt2, heads=4, size=16, products=8),
+    "llama": Shape(save_tiny_llama, heads=2, size=16, products=15),
+    "gpt2": Shape(save_tiny_gpt2, heads=4, size=16, products=9, fused=False),
     "qwen2": Shape(lambda f: save_tiny_qwen(f, version=2), heads=2, size=16, products=15),
-    "qwen3": Shape(lambda f: save_tiny_qwen(f, version=3), heads=2, size=32, products=14),
-    "gemma2": Shape(lambda f: save_tiny_gemma(f, version=2), heads=2, size=32, products=14),
-    "gemma3": Shape(lambda f: save_tiny_gemma(f, version=3), heads=2, size=32, products=14),
+    "qwen3": Shape(lambda f: save_tiny_qwen(f, version=3), heads=2, size=32, products=15),
+    "gemma2": Shape(lambda f: save_tiny_gemma(f, version=2), 2, 32, products=15, fused=False),
+    "gemma3": Shape(lambda f: save_tiny_gemma(f, version=3), 2, 32, products=15, fused=False),
 }
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A model folder, the model in fp32, its graph and the graph at 8 bits."""
+    """A model folder, the model in fp32, what it says, its graphs, and the one at 8 bits."""
 
     folder: Path
     model: Any
+    reference: Reference
     graph: Path
+    fused: Path | None
     quantised: Path
 
 
@@ -68,38 +72,56 @@ def exported(shape: str, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     model = load_model(str(folder), torch.float32)
     graphs = folder.parent / "onnx"
     graphs.mkdir()
-    graph, quantised = graphs / "model.onnx", graphs / "model_quantized.onnx"
-    _save(normalise(trace(model)), graph)
-    quantise(graph, quantised)
-    return Exported(folder, model, graph, quantised)
+    paths = [graphs / name for name in ("model.onnx", "fused.onnx")]
+    fused = fuse(model)
+    models = [normalise(trace(model)), *([] if fused is None else [fused])]
+    weights.save(dict(zip(paths, models, strict=False)))
+    quantised = graphs / "model_quantized.onnx"
+    weights.save(dict(zip([quantised], quantise(models[:1], 8, accuracy_level=0), strict=True)))
+    (graphs.parent / "said").mkdir()
+    reference = Reference(graphs.parent / "said", model, SEQUENCES)
+    return Exported(folder, model, reference, paths[0], paths[1] if fused else None, quantised)
 
 
 @pytest.mark.slow
 def test_an_exported_architecture_answers_as_torch_does(exported: Exported, shape: str) -> None:
-    exact = check_exact(exported.graph, exported.model, SEQUENCES)
-    worst = max(d for modes in exact["max_abs_logit_delta"].values() for d in modes.values())
-    assert 0 < worst <= 2e-5
-    close = check_close(exported.quantised, exported.model, SEQUENCES * 7, "q8")
+    exact = measure(Graph(exported.graph), exported.reference)
+    check_exact("fp32", exact)
+    assert 0 < worst(exact) <= 2e-5
+    assert exact["max_abs_logit_delta"].keys() == {"alone", "left", "right"}
+    assert (exported.fused is not None) is SHAPES[shape].fused
+    if exported.fused is not None:
+        assert worst(measure(FusedGraph(exported.fused), exported.reference)) <= 2e-5
+    close = measure(Graph(exported.quantised), exported.reference)
     assert 0 < close["kl"] <= 0.001
     assert close["alone_against_batch"] <= 1e-5
 
     nodes = onnx.load(str(exported.quantised), load_external_data=False).graph.node
     kinds = Counter(node.op_type for node in nodes)
     assert kinds["MatMulNBits"] == SHAPES[shape].products
+    assert kinds["GatherBlockQuantized"] == 1
     assert kinds["Gemm"] == 0
     shapes = {tuple(v.shape[1::2]) for v in caches(exported.graph)}
     assert shapes == {(SHAPES[shape].heads, SHAPES[shape].size)}
 
-    # The control: one weight of one layer moves, and the same gate closes.
+
+@pytest.mark.slow
+def test_a_moved_weight_closes_the_gate(exported: Exported, tmp_path: Path) -> None:
+    """The control: the model is no longer the one that was traced."""
     weight = next(p for p in reversed(list(exported.model.parameters())) if p.dim() == 2)
+    kept = weight.detach().clone()
     with torch.no_grad():
-        weight[0] += 0.5
-    try:
-        with pytest.raises(GateError, match="differs from torch"):
-            check_exact(exported.graph, exported.model, SEQUENCES)
-    finally:
-        with torch.no_grad():
-            weight[0] -= 0.5
+        weight *= 1.1
+        moved = Reference(tmp_path, exported.model, SEQUENCES)
+        weight.copy_(kept)
+    for path, kind in ((exported.graph, Graph), (exported.fused, FusedGraph)):
+        if path is not None:
+            with pytest.raises(GateError, match="differs from torch"):
+                check_exact("fp32", measure(kind(path), moved))
+
+
+def worst(figures: dict[str, Any]) -> float:
+    return max(d for modes in figures["max_abs_logit_delta"].values() for d in modes.values())
 
 
 def caches(graph: Path) -> list[Any]:

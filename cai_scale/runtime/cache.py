@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 import onnxruntime as ort
 
-from cai_scale.runtime.graph import Array, FusedGraph, Graph, past_name
+from cai_scale.runtime.graph import KEPT, Array, FusedGraph, Graph, past_name
 
-PREFILL_TOKENS = 512  # at most, in one run of the graph: it bounds the memory of its logits
+PREFILL_TOKENS = 512  # at most, in one run of the graph: it bounds the memory of a run
 GROWTH = 64  # tokens by which the room of a fused cache grows
 
 
@@ -49,7 +49,7 @@ def _prefilled(graph: Graph, prompts: Sequence[Sequence[int]]) -> list[dict[str,
         mask = np.zeros_like(tokens)
         for row, prompt in enumerate(batch):
             tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
-        _, cache = graph.run(tokens, mask, graph.empty_cache(len(batch)))
+        cache = graph.read(tokens, mask)
         for row, prompt in enumerate(batch):
             found[prompt] = {name: value[row, :, : len(prompt)] for name, value in cache.items()}
     return [found[tuple(prompt)] for prompt in prompts]
@@ -65,6 +65,7 @@ class FusedCache:
         self._tensors: dict[str, Array] = {}
         self._logits = np.empty((rows, 1, graph.vocabulary), np.float32)
         self._binding = graph.session.io_binding()
+        self._binding.bind_cpu_input(KEPT, np.zeros(1, np.int64))
         self._bound = (0, 0)
 
     def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> None:

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+KEPT = "kept_tokens"  # an input of fused graphs: which of the new tokens have logits
+
 
 def open_session(path: Path, threads: int = 0) -> ort.InferenceSession:
     """A session on the CPU; `threads` 0 takes every core."""
@@ -23,8 +25,6 @@ class Graph:
 
     It is masked and takes `position_ids`, so rows may be padded on either side.
     """
-
-    positioned = True
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         self.session = open_session(path, threads)
@@ -58,10 +58,19 @@ class Graph:
         Returns:
             Logits [rows, new tokens, vocabulary] in float32, and the cache with the new tokens.
         """
-        feed = {"input_ids": input_ids, "attention_mask": attention_mask, **cache}
-        if self.positioned:
-            positions = np.clip(np.cumsum(attention_mask, axis=1) - 1, 0, None)
-            feed["position_ids"] = positions[:, -input_ids.shape[1] :]
+        positions = np.clip(np.cumsum(attention_mask, axis=1) - 1, 0, None)
+        return self._run(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions[:, -input_ids.shape[1] :],
+            **cache,
+        )
+
+    def read(self, input_ids: Array, attention_mask: Array) -> dict[str, Array]:
+        """The cache of rows that have just been read, padded on the right."""
+        return self.run(input_ids, attention_mask, self.empty_cache(len(input_ids)))[1]
+
+    def _run(self, **feed: Array) -> tuple[Array, dict[str, Array]]:
         values = self.session.run(self.output_names, feed)
         outputs = dict(zip(self.output_names, values, strict=True))
         logits = outputs.pop("logits")
@@ -71,12 +80,25 @@ class Graph:
 class FusedGraph(Graph):
     """The same model with fused attention, for speed.
 
-    It counts the ones of a row's mask and takes them for the row's first tokens: rows must be
-    packed to the right of nothing, that is, padded on the right. Left-padded rows are wrong.
-    It writes into a cache longer than the tokens so far, in place (see `cache.FusedCache`).
+    It takes as many of a row's tokens for real as its mask has ones, from the first on: rows may
+    be padded on the right alone, and left-padded rows are silently wrong. It can write into a
+    cache longer than the tokens so far, in place (see `cache.FusedCache`).
     """
 
-    positioned = False
+    def run(
+        self, input_ids: Array, attention_mask: Array, cache: dict[str, Array]
+    ) -> tuple[Array, dict[str, Array]]:
+        kept = np.arange(input_ids.shape[1])
+        return self._run(
+            input_ids=input_ids, attention_mask=attention_mask, **{KEPT: kept}, **cache
+        )
+
+    def read(self, input_ids: Array, attention_mask: Array) -> dict[str, Array]:
+        kept = np.zeros(1, np.int64)  # one token's logits, which nobody reads
+        cache = self.empty_cache(len(input_ids))
+        return self._run(
+            input_ids=input_ids, attention_mask=attention_mask, **{KEPT: kept}, **cache
+        )[1]
 
 
 def past_name(name: str) -> str:

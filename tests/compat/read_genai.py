@@ -9,7 +9,7 @@ import onnxruntime_genai as genai
 NEW_TOKENS = 20
 
 bundle, variant = Path(sys.argv[1]), sys.argv[2]
-graph = json.loads((bundle / "manifest.json").read_text("utf-8"))["variants"][variant]
+graph = json.loads((bundle / "manifest.json").read_text("utf-8"))["variants"][variant]["graph"]
 config = genai.Config(str(bundle))
 config.overlay(json.dumps({"model": {"decoder": {"filename": graph}}}))
 model = genai.Model(config)

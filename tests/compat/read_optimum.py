@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 NEW_TOKENS = 20
 
 bundle, variant = Path(sys.argv[1]), sys.argv[2]
-graph = json.loads((bundle / "manifest.json").read_text("utf-8"))["variants"][variant]
+graph = json.loads((bundle / "manifest.json").read_text("utf-8"))["variants"][variant]["graph"]
 model = ORTModelForCausalLM.from_pretrained(bundle, file_name=Path(graph).name)
 tokenizer = AutoTokenizer.from_pretrained(bundle, padding_side="left")
 inputs = tokenizer.apply_chat_template(

@@ -87,7 +87,7 @@ def test_four_readers_choose_the_same_tokens(exported: Path, variant: str) -> No
 def test_a_moved_weight_is_seen_by_every_reader(bundle: Path, tmp_path: Path, reader: str) -> None:
     """The control: the comparison fails where one bundle differs in one matrix."""
     moved = Path(shutil.copytree(bundle, tmp_path / "moved"))
-    graph = moved / layout.GRAPHS["fp32"]
+    graph = moved / layout.VARIANTS["fp32"]["graph"]
     model = onnx.load(str(graph))
     tensor = next(t for t in model.graph.initializer if len(t.dims) == 2)
     values = np.roll(numpy_helper.to_array(tensor), 1, axis=0)
