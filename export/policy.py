@@ -30,6 +30,7 @@ def export_policy(
     that made it and is no bundle for others.
     """
     from . import variants as graphs
+    from . import weights
     from .bundle import write_model_files
     from .fuse import fuse
     from .graph import trace
@@ -42,7 +43,15 @@ def export_policy(
     merged = merged_policy(model, adapter)
     fused = fuse(merged.model)
     fp32 = {"graph": normalise(trace(merged.model))} if fused is None else {"fused": fused}
-    files = {name: graphs.write(aside, name, fp32) for name in variants}
+    written = graphs.write(aside, "fp32", fp32)
+    files = {
+        name: written if name == "fp32" else graphs.derive(aside, name, written)
+        for name in variants
+    }
+    if "fp32" not in variants:
+        for file in written.values():
+            for path in (aside / file, weights.sidecar(aside / file)):
+                path.unlink()
     first = next(iter(files[variants[0]].values()))
     write_model_files(aside, merged, aside / first)
     write_json(aside / layout.CONSTITUTION, constitution.data)

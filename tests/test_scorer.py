@@ -153,6 +153,7 @@ def test_the_close_gate_has_bounds_and_fails_closed(
     faults = {
         "nan": lambda logits: logits * np.where(np.arange(len(logits)) == 0, np.nan, 1)[:, None],
         "constant": np.zeros_like,
+        "one label constant": lambda logits: logits * [1, 1, 0, 1],
         "one label reversed": lambda logits: logits * [1, 1, 1, -1],
     }
     for change in faults.values():
