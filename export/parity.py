@@ -181,7 +181,7 @@ def divergence(expected: Array, found: Array) -> tuple[Array, NDArray[np.bool_]]
         expected, found: logits, [tokens, vocabulary].
     """
     p, q = _log_softmax(expected), _log_softmax(found)
-    kl = np.einsum("tv,tv->t", np.exp(p), p - q)
+    kl = np.einsum("tv,tv->t", np.exp(p), p - q).clip(min=0)  # below 0 by rounding alone
     return kl, expected.argmax(-1) == found.argmax(-1)
 
 

@@ -44,15 +44,13 @@ def export(
         CaiError: the run cannot be exported, or a parity gate does not hold.
     """
     quiet()
-    import onnx_ir
-
     from cai_scale.training.models import load_tokenizer
 
     from .bundle import write_card, write_manifest, write_model_files
     from .merge import check_run, merge
     from .reward import find
     from .scorer import describe, export_scorer, report
-    from .variants import choose, compare, write
+    from .variants import choose, compare, derive
 
     constitution = constitutions.from_dict(read_json(run.constitution), str(run.constitution))
     asked = [prompt.text for prompt in prompts.load(prompts.HELDOUT)]
@@ -70,11 +68,10 @@ def export(
         answer = greedy_answer(merged.model, merged.tokenizer, asked[-1])
         merged.model.to("meta")  # its weights are on disk by now
         gc.collect()  # and what tracing left behind
-        fp32 = {kind: onnx_ir.load(folder / file) for kind, file in files["fp32"].items()}
         for name in dict.fromkeys(names):
             if name != "fp32":
                 status.update(f"writing {name}")
-                files[name] = write(folder, name, fp32)
+                files[name] = derive(folder, name, files["fp32"])
         found = []
         for name, written in files.items():
             status.update(f"comparing {name} with the trained model")

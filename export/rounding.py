@@ -14,6 +14,10 @@ COLUMNS = 512  # rounded at once, so that they stay in the processor's cache
 METHODS = ("nearest", "nearest-asymmetric", "k-quant", "hqq")
 
 
+# The library packs the zero points of k-quant wrongly for an odd number of blocks in a row.
+PAIR = 2 * BLOCK
+
+
 def quantise_matrix(weight: Array, bits: int, method: str) -> list[Array]:
     """Round a [in, out] matrix in blocks along its first axis.
 
@@ -26,11 +30,19 @@ def quantise_matrix(weight: Array, bits: int, method: str) -> list[Array]:
         What MatMulNBits takes beside its input: weights [out, blocks, bytes of a block], scales
         [out, blocks] and, by the methods that are not symmetric, zero points [out, …].
     """
+    rows, columns = weight.shape
+    padding = ((0, -rows % PAIR), (0, 0))
     parts = [
-        _quantise_columns(np.ascontiguousarray(weight[:, start : start + COLUMNS]), bits, method)
-        for start in range(0, weight.shape[1], COLUMNS)
+        _quantise_columns(np.pad(weight[:, start : start + COLUMNS], padding), bits, method)
+        for start in range(0, columns, COLUMNS)
     ]
-    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    packed, scales, *zeros = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    blocks = -(-rows // BLOCK)
+    arrays = [packed[:, :blocks], scales[:, :blocks]]
+    for zero in zeros:  # of 4 bits, two in a byte; hqq has them in float32
+        halved = bits == 4 and zero.dtype == np.uint8
+        arrays.append(zero[:, : -(-blocks // 2) if halved else blocks])
+    return [np.ascontiguousarray(array) for array in arrays]
 
 
 def _quantise_columns(weight: Array, bits: int, method: str) -> list[Array]:
@@ -60,7 +72,8 @@ def _quantise_columns(weight: Array, bits: int, method: str) -> list[Array]:
     else:
         settings["is_symmetric"] = method == "nearest"
     quantizer = library.MatMulNBitsQuantizer(product, **settings)
-    with contextlib.redirect_stdout(io.StringIO()):  # k-quant prints its progress
+    # k-quant prints its progress, and divides by zero where a block is constant.
+    with contextlib.redirect_stdout(io.StringIO()), np.errstate(all="ignore"):
         quantizer.process()
     found = quantizer.model.model.graph
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in found.initializer}

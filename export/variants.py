@@ -62,23 +62,26 @@ class Variant:
         return [*(self.folder / file for file in self.files.values()), weights.sidecar(self.graph)]
 
 
-def write(folder: Path, name: str, fp32: Models) -> dict[str, str]:
-    """Write a variant of some graphs, their weights in one sidecar; return the files, by kind.
-
-    fp16 is made of the contract graph's file in fp32, so that one is to be written before.
-    """
-    files = {kind: file for kind, file in layout.VARIANTS[name].items() if kind in fp32}
-    models: Sequence[onnx_ir.Model] = [fp32[kind] for kind in files]
-    if name == "fp16":
-        models = [halve(folder / layout.VARIANTS["fp32"]["graph"])]
-    elif name != "fp32":
-        bits, method = ROUNDING[name]
-        # Activations at 8 bits are much faster. Padding changes a contract graph's sums in their
-        # last digits, which then round differently: where our runtime reads it, they stay fp32.
-        level = 4 if "fused" in fp32 else 0
-        models = quantise(models, bits, method, accuracy_level=level)
-    weights.save({folder / file: m for file, m in zip(files.values(), models, strict=True)})
+def write(folder: Path, name: str, models: Models) -> dict[str, str]:
+    """Write a variant's graphs, their weights in one sidecar; return the files, by kind."""
+    files = {kind: file for kind, file in layout.VARIANTS[name].items() if kind in models}
+    weights.save({folder / file: models[kind] for kind, file in files.items()})
     return files
+
+
+def derive(folder: Path, name: str, fp32: Mapping[str, str]) -> dict[str, str]:
+    """Write a variant of the fp32 variant, whose files are `fp32`; return its own."""
+    import onnx_ir
+
+    if name == "fp16":
+        return write(folder, name, {"graph": halve(folder / fp32["graph"])})
+    models = [onnx_ir.load(folder / file) for file in fp32.values()]
+    bits, method = ROUNDING[name]
+    # Activations at 8 bits are much faster. Padding changes a contract graph's sums in their last
+    # digits, which then round differently: where our runtime reads that graph, they stay fp32.
+    level = 4 if "fused" in fp32 else 0
+    quantised = quantise(models, bits, method, accuracy_level=level)
+    return write(folder, name, dict(zip(fp32, quantised, strict=True)))
 
 
 def halve(graph: Path) -> "onnx_ir.Model":

