@@ -15,6 +15,7 @@ from cai_scale import prompts
 from cai_scale.runtime.generate import Policy, Request
 
 PROMPTS, LENGTH, CAP, ROUNDS = 64, 96, 256, 3
+TRIED = 32  # tokens an answer, to find the batch size that suits each contestant
 BATCHES = (16, 32, 64)
 
 
@@ -86,29 +87,46 @@ def main() -> None:
         Request(tokens=tuple(reader.chat.encode(p.messages)), decoding=reader.decoding, id=p.id)
         for p in prompts.load("train")[:PROMPTS]
     ]
-    result: dict[str, Any] = {"prompts": PROMPTS, "length": LENGTH, "cap": CAP}
-    for mode, limit in (("one length", LENGTH), ("own lengths", CAP)):
-        requests = [replace(r, decoding=replace(r.decoding, max_new_tokens=limit)) for r in asked]
-        result[mode] = compare(contestants, requests, fixed=mode == "one length")
-    write(result)
+    tried = requests_of(asked, TRIED)
+    best = {
+        name: max(BATCHES, key=lambda batch, run=run: rate(run, tried, batch, fixed=True)[0])
+        for name, run in contestants.items()
+    }
+    write(
+        {
+            "prompts": PROMPTS,
+            "length": LENGTH,
+            "cap": CAP,
+            "one length": compare(contestants, best, requests_of(asked, LENGTH), fixed=True),
+            "own lengths": compare(contestants, best, requests_of(asked, CAP), fixed=False),
+        }
+    )
+
+
+def requests_of(asked: list[Request], limit: int) -> list[Request]:
+    return [replace(r, decoding=replace(r.decoding, max_new_tokens=limit)) for r in asked]
+
+
+def rate(
+    contestant: Any, requests: list[Request], batch: int, *, fixed: bool
+) -> tuple[float, list[int]]:
+    """Generated tokens a second, and the length of each answer."""
+    lengths: list[int] = []
+    spent = seconds(lambda: lengths.extend(contestant.run(requests, batch, fixed=fixed)))
+    return sum(lengths) / spent, lengths
 
 
 def compare(
-    contestants: dict[str, Any], requests: list[Request], *, fixed: bool
+    contestants: dict[str, Any], best: dict[str, int], requests: list[Request], *, fixed: bool
 ) -> dict[str, dict[str, Any]]:
-    """Tokens a second of each contestant at the batch size that suits it best."""
+    """Tokens a second of each contestant, at the batch size that suits it best."""
     lengths: dict[str, list[int]] = {}
 
-    def rate(name: str, batch: int) -> float:
-        spent = seconds(
-            lambda: lengths.update({name: contestants[name].run(requests, batch, fixed=fixed)})
-        )
-        return sum(lengths[name]) / spent
+    def measured(name: str) -> float:
+        found, lengths[name] = rate(contestants[name], requests, best[name], fixed=fixed)
+        return found
 
-    best = {
-        name: max(BATCHES, key=lambda batch, name=name: rate(name, batch)) for name in contestants
-    }
-    figures = in_turn({name: lambda n=name: rate(n, best[n]) for name in contestants}, ROUNDS)
+    figures = in_turn({name: lambda name=name: measured(name) for name in contestants}, ROUNDS)
     for name, figure in figures.items():
         histogram = Counter(length // 32 * 32 for length in lengths[name])
         figure |= {"batch": best[name], "lengths": dict(sorted(histogram.items()))}
