@@ -130,7 +130,7 @@ def summary(
         **compare(answers, constitution),
         "drift": drift(answers),
         "slices": slices(answers, constitution),
-        "decoding": asdict(protocol.DECODING),
+        "decoding": asdict(protocol.DECODING) | {"stop": list(protocol.DECODING.stop)},
         "seeds": [protocol.SEED],
         "seconds": seconds,
     }
