@@ -65,8 +65,12 @@ def split_gemms(model: "onnx_ir.Model") -> None:
 
 def forget_symbols(model: "onnx_ir.Model") -> None:
     """Drop the tracer's symbols from the values inside, so that no reader meets two names for
-    one axis."""
+    one axis; numbers stay."""
+    import onnx_ir
+
     for node in model.graph:
         for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None
+            if value.shape is not None and not value.is_graph_output():
+                value.shape = onnx_ir.Shape(
+                    [dim if isinstance(dim, int) else None for dim in value.shape]
+                )

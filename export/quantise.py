@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .rounding import BLOCK, Array, quantise_matrix
+from .rounding import BLOCK, Array, copies, quantise_matrix
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -37,19 +37,21 @@ def quantise(
 class _Quantiser:
     def __init__(self, bits: int, method: str, accuracy_level: int) -> None:
         self.bits, self.method, self.accuracy_level = bits, method, accuracy_level
-        self._done: dict[tuple[str, bool, int], list[Array]] = {}
+        self._done: dict[tuple[str, bool, int, str], list[Array]] = {}
 
     def copy(self, model: "onnx_ir.Model") -> "onnx_ir.Model":
+        import onnx_ir
         from onnx_ir.convenience import replace_nodes_and_values
         from onnx_ir.passes import common
 
         copied = model.clone()
         graph = copied.graph
+        sums: dict[onnx_ir.Value | None, onnx_ir.Value] = {}
         graph.opset_imports[DOMAIN] = 1
         for node in list(graph):
             new = None
             if node.op_type == "MatMul":
-                new = self._product(graph, node)
+                new = self._product(graph, node, sums)
             elif node.op_type == "Gather" and node.inputs[1] in graph.inputs:
                 new = self._lookup(graph, node)
             if new is not None:
@@ -57,18 +59,35 @@ class _Quantiser:
         common.RemoveUnusedNodesPass()(copied)
         return copied
 
-    def _product(self, graph: "onnx_ir.Graph", node: "onnx_ir.Node") -> "onnx_ir.Node | None":
-        """x·W of a constant W, which may stand transposed in the graph."""
+    def _product(
+        self,
+        graph: "onnx_ir.Graph",
+        node: "onnx_ir.Node",
+        sums: "dict[onnx_ir.Value | None, onnx_ir.Value]",
+    ) -> "onnx_ir.Node | None":
+        """x·W of a constant W, which may stand transposed in the graph.
+
+        Args:
+            sums: inputs of products → the same with the sums of their blocks; is added to.
+        """
         weight, transposed = _constant(node.inputs[1])
         if weight is None:
             return None
         head = node.outputs[0].name == "logits"
         bits, method = (HEAD_BITS, "nearest") if head else (self.bits, self.method)
-        arrays = self._quantised(weight, transposed, bits, method)
         rows, columns = reversed(_shape(weight)) if transposed else _shape(weight)
+        left = node.inputs[0]
+        if method == "offsets" and (left is None or left.shape is None or rows % BLOCK):
+            method = "nearest-asymmetric"
+        arrays = self._quantised(weight, transposed, bits, method)
+        if method == "offsets":
+            if left not in sums:
+                sums[left] = _with_sums(graph, node, rows // BLOCK)
+            left = sums[left]
+            rows += copies(rows // BLOCK) * (rows // BLOCK)
         settings = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK}
         settings["accuracy_level"] = self.accuracy_level
-        inputs = [node.inputs[0], *_initialise(graph, weight, arrays)]
+        inputs = [left, *_initialise(graph, weight, arrays)]
         return _node("MatMulNBits", inputs, settings, node.name)
 
     def _lookup(self, graph: "onnx_ir.Graph", node: "onnx_ir.Node") -> "onnx_ir.Node | None":
@@ -89,7 +108,7 @@ class _Quantiser:
 
         tensor = weight.const_value
         array = np.asarray(tensor)
-        key = hashlib.sha256(array.tobytes()).hexdigest(), transposed, bits
+        key = hashlib.sha256(array.tobytes()).hexdigest(), transposed, bits, method
         if key not in self._done:
             self._done[key] = quantise_matrix(array.T if transposed else array, bits, method)
         del array
@@ -115,27 +134,51 @@ def _shape(weight: "onnx_ir.Value") -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+def _with_sums(graph: "onnx_ir.Graph", product: "onnx_ir.Node", blocks: int) -> "onnx_ir.Value":
+    """A product's input, followed by the sums of its blocks as the method "offsets" wants them."""
+    import onnx_ir
+
+    left = product.inputs[0]
+    assert left is not None and left.shape is not None
+    shape = [*[0] * (len(left.shape) - 1), blocks, BLOCK]
+    into, axis = (
+        _constant_of(graph, name, np.array(values, np.int64))
+        for name, values in ((f"blocks_{shape}", shape), ("last_axis", [-1]))
+    )
+    name = f"{left.name}/blocks"
+    split = onnx_ir.node("Reshape", [left, into], name=name)
+    total = onnx_ir.node("ReduceSum", [*split.outputs, axis], {"keepdims": 0}, name=f"{name}/sums")
+    parts = [left, *list(total.outputs) * copies(blocks)]
+    joined = onnx_ir.node("Concat", parts, {"axis": -1}, name=f"{name}/joined")
+    graph.insert_before(product, [split, total, joined])
+    return joined.outputs[0]
+
+
+def _constant_of(graph: "onnx_ir.Graph", name: str, array: Array) -> "onnx_ir.Value":
+    """A constant of the graph; the one of that name, if it has it already."""
+    import onnx_ir
+
+    if name not in graph.initializers:
+        tensor = onnx_ir.Tensor(array, name=name)
+        value = onnx_ir.Value(
+            name=name,
+            shape=tensor.shape,
+            type=onnx_ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
 def _initialise(
     graph: "onnx_ir.Graph", weight: "onnx_ir.Value", arrays: Sequence[Array], form: str = "blocks"
 ) -> list["onnx_ir.Value"]:
-    """The arrays as constants of the graph, named after the weight; once, if asked again."""
-    import onnx_ir
-
-    values = []
-    for role, array in zip((form, "scales", "zero_points"), arrays, strict=False):
-        name = f"{weight.name}.{role}"
-        if name not in graph.initializers:
-            tensor = onnx_ir.Tensor(array, name=name)
-            graph.register_initializer(
-                onnx_ir.Value(
-                    name=name,
-                    shape=tensor.shape,
-                    type=onnx_ir.TensorType(tensor.dtype),
-                    const_value=tensor,
-                )
-            )
-        values.append(graph.initializers[name])
-    return values
+    """The arrays as constants of the graph, named after the weight."""
+    roles = (form, "scales", "zero_points")
+    return [
+        _constant_of(graph, f"{weight.name}.{role}", array)
+        for role, array in zip(roles, arrays, strict=False)
+    ]
 
 
 def _node(

@@ -11,7 +11,7 @@ Array = NDArray[Any]
 
 BLOCK = 32
 COLUMNS = 512  # rounded at once, so that they stay in the processor's cache
-METHODS = ("nearest", "nearest-asymmetric", "k-quant", "hqq")
+METHODS = ("nearest", "nearest-asymmetric", "k-quant", "hqq", "offsets")
 
 
 # The library packs the zero points of k-quant wrongly for an odd number of blocks in a row.
@@ -24,12 +24,15 @@ def quantise_matrix(weight: Array, bits: int, method: str) -> list[Array]:
     Args:
         weight: float32.
         bits: 4 or 8.
-        method: of `METHODS`.
+        method: of `METHODS`; "offsets" is for 4 bits, and for whole blocks.
 
     Returns:
         What MatMulNBits takes beside its input: weights [out, blocks, bytes of a block], scales
-        [out, blocks] and, by the methods that are not symmetric, zero points [out, …].
+        [out, blocks] and, by the methods that are not symmetric, zero points [out, …]. By
+        "offsets" they are for an input that is followed by `copies` times the sums of its blocks.
     """
+    if method == "offsets":
+        return _with_offsets(*quantise_matrix(weight, bits, "hqq"))
     rows, columns = weight.shape
     padding = ((0, -rows % PAIR), (0, 0))
     parts = [
@@ -43,6 +46,31 @@ def quantise_matrix(weight: Array, bits: int, method: str) -> list[Array]:
         halved = bits == 4 and zero.dtype == np.uint8
         arrays.append(zero[:, : -(-blocks // 2) if halved else blocks])
     return [np.ascontiguousarray(array) for array in arrays]
+
+
+def copies(blocks: int) -> int:
+    """How often the sums of an input's blocks follow it, for the method "offsets": once, until a
+    block is full, and once more."""
+    return 2 + -(-(-blocks % BLOCK) // blocks)
+
+
+def _with_offsets(packed: Array, scales: Array, zeros: Array) -> list[Array]:
+    """Zero points that are no whole numbers, without the slow kernel that takes them.
+
+    A weight is s·(q − z) = s·(q − 8) + o, with one offset o = s·(8 − z) a block. So the offsets
+    are the weights of the sums of the input's blocks, and are rounded like other weights: first
+    they, and then, in blocks of their own, what rounding left of them.
+    """
+    offsets = (scales * (8 - zeros)).T
+    blocks = len(offsets)
+    rows = np.zeros((copies(blocks) * blocks, len(packed)), np.float32)
+    rows[:blocks] = offsets
+    nibbles, steps = quantise_matrix(rows, 4, "nearest")
+    values = np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(*nibbles.shape[:2], BLOCK)
+    rounded = (values.astype(np.float32) - 8) * steps[:, :, None]
+    rows[-blocks:] = offsets - rounded.reshape(len(packed), -1).T[:blocks]
+    nibbles, steps = quantise_matrix(rows, 4, "nearest")
+    return [np.concatenate([packed, nibbles], 1), np.concatenate([scales, steps], 1)]
 
 
 def _quantise_columns(weight: Array, bits: int, method: str) -> list[Array]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Models = Mapping[str, "onnx_ir.Model"]  # by kind: "graph" and, where there is one, "fused"
 
 # Bits, and how weights are rounded to them: what kept the most (benchmarks/four_bits.py).
-ROUNDING = {"q8": (8, "nearest"), "q4": (4, "k-quant")}
+ROUNDING = {"q8": (8, "nearest"), "q4": (4, "offsets")}
 SESSIONS = {"graph": Graph, "fused": FusedGraph}
 
 

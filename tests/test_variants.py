@@ -178,8 +178,12 @@ def test_8_bit_weights_are_within_half_a_step(bundle: Path, merged: Any) -> None
     assert np.abs(scales * 128).max() == pytest.approx(np.abs(truth).max(), rel=1e-3)
 
 
-def unpacked(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    """[out, in] of 4-bit blocks, by the definition of MatMulNBits."""
+def unpacked(arrays: list[NDArray[Any]], rows: int) -> NDArray[Any]:
+    """[out, in] of 4-bit blocks, by the definition of MatMulNBits.
+
+    Where an input goes on after `rows` with the sums of its blocks, their weights are added to
+    those of the blocks.
+    """
     packed, scales, *zeros = arrays
     nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
     points: Any = 8
@@ -189,22 +193,70 @@ def unpacked(arrays: list[NDArray[Any]]) -> NDArray[Any]:
     elif zeros:
         points = zeros[0][:, :, None]
     values = (nibbles.astype(np.float64) - points) * scales[:, :, None]
-    return values.reshape(len(packed), -1)
+    values = values.reshape(len(packed), -1)
+    blocks = rows // 32
+    sums = values[:, rows:][:, : values[:, rows:].shape[1] // blocks * blocks]
+    offsets = sums.reshape(len(packed), -1, blocks)[:, : rounding.copies(blocks)].sum(axis=1)
+    return values[:, :rows] + np.repeat(offsets, 32, axis=1)
 
 
-@pytest.mark.parametrize("blocks", [2, 3])
+@pytest.mark.parametrize("blocks", [2, 3, 48])
 def test_methods_of_rounding_to_4_bits(blocks: int) -> None:
-    weight = np.random.default_rng(0).standard_normal((32 * blocks, 1100), np.float32)
-    error = {
-        method: np.square(unpacked(rounding.quantise_matrix(weight, 4, method)) - weight.T).mean()
-        for method in rounding.METHODS
-    }
+    weight = np.random.default_rng(0).standard_normal((32 * blocks, 600), np.float32) + 0.5
+    error = {}
+    for method in rounding.METHODS:
+        found = unpacked(rounding.quantise_matrix(weight, 4, method), len(weight))
+        error[method] = np.square(found - weight.T).mean()
     # A step is a fifteenth of a block's range, about 4.1 σ wide: its variance is 4.1² / 15² / 12.
     expected = 4.1**2 / 15**2 / 12
     assert error["nearest-asymmetric"] == pytest.approx(expected, rel=0.1)
     assert error["k-quant"] == pytest.approx(expected, rel=0.1)
     assert error["hqq"] < 0.95 * expected
-    assert error["nearest"] > 1.05 * expected
+    assert error["offsets"] == pytest.approx(error["hqq"], rel=0.01)
+    assert error["nearest"] > 1.3 * expected
+
+
+def test_offsets_are_what_the_library_takes_as_zero_points() -> None:
+    """Through onnxruntime: the same product by the kernel that takes them, and without it."""
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((96, 40), np.float32) + 0.5
+    x = rng.standard_normal((5, 96), np.float32)
+    sums = x.reshape(5, 3, 32).sum(axis=-1)
+    products = {
+        method: left @ unquantised(rounding.quantise_matrix(weight, 4, method))[: left.shape[1]]
+        for method, left in (
+            ("hqq", x),
+            ("offsets", np.concatenate([x, *[sums] * rounding.copies(3)], axis=1)),
+        )
+    }
+    assert np.abs(products["hqq"] - products["offsets"]).max() < 0.05
+    assert np.abs(products["hqq"] - x @ weight).max() > 0.3  # the control: rounding is seen
+
+
+def unquantised(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    """[in, out] as onnxruntime sees it: the product of the unit matrix."""
+    import onnxruntime
+
+    packed, scales, *_ = arrays
+    names = ["x", "packed", "scales", "zeros"][: len(arrays) + 1]
+    size = packed.shape[1] * 32
+    node = onnx.helper.make_node(
+        "MatMulNBits", names, ["y"], domain="com.microsoft", K=size, N=len(packed), bits=4,
+        block_size=32,
+    )  # fmt: skip
+    flat = [packed, scales, *(zero.reshape(-1) for zero in arrays[2:])]
+    graph = onnx.helper.make_graph(
+        [node],
+        "product",
+        [onnx.helper.make_tensor_value_info("x", 1, ["rows", size])],
+        [onnx.helper.make_tensor_value_info("y", 1, ["rows", len(packed)])],
+        [onnx.numpy_helper.from_array(a, n) for n, a in zip(names[1:], flat, strict=True)],
+    )
+    domains = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    found = session.run(None, {"x": np.eye(size, dtype=np.float32)})[0]
+    return np.asarray(found)
 
 
 @pytest.fixture
