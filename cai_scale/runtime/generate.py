@@ -12,7 +12,7 @@ from cai_scale.records import Completion, Message
 from cai_scale.runtime.bundle import CONFIG, GENERATION, Bundle
 from cai_scale.runtime.cache import open_cache
 from cai_scale.runtime.chat import Chat
-from cai_scale.runtime.graph import FusedGraph, Graph
+from cai_scale.runtime.graph import FusedGraph, Graph, return_free_memory
 from cai_scale.runtime.sampling import Decoding, choose, penalise, top, uniforms
 from cai_scale.runtime.text import GrowingText
 
@@ -69,6 +69,7 @@ class Policy:
         try:
             self.graph = FusedGraph(fused, threads) if fused else Graph(contract, threads)
             self._load(bundle)
+            return_free_memory()
         except Exception as error:  # each reader raises its own kinds
             reason = " ".join(str(error).split())[:200]
             raise IntegrityError(

@@ -1,5 +1,8 @@
 """The two graphs of a policy, as onnxruntime sessions on the CPU."""
 
+import contextlib
+import ctypes
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,13 @@ def open_session(path: Path, threads: int = 0) -> ort.InferenceSession:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def return_free_memory() -> None:
+    """Give what loading left free back to the system: with glibc, a sixth of a small model."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class Graph:
