@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from cai_export import cli, parity, pipeline, rounding, variants
+from cai_export import cli, parity, pipeline, rounding, variants, weights
+from cai_export.fuse import fuse
 from cai_export.parity import Bounds, Reference, check_exact, measure
 from numpy.typing import NDArray
 
@@ -20,7 +21,8 @@ from cai_scale.errors import GateError
 from cai_scale.runtime import bundle as layout
 from cai_scale.runtime.bundle import open_bundle
 from cai_scale.runtime.generate import Policy
-from cai_scale.runtime.graph import Graph
+from cai_scale.runtime.graph import FusedGraph, Graph
+from tiny import LAYERS
 
 SEQUENCES = [list(range(5 + 40 * i, 20 + 47 * i)) for i in range(1, 8)] * 7
 
@@ -112,6 +114,31 @@ def test_a_fused_graph_is_right_for_rows_padded_on_the_right_alone(
     assert deltas["left"] > 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [
+        ({}, True),
+        ({"sliding_window": 12}, False),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, False),
+    ],
+)
+def test_no_fused_graph_where_only_long_texts_would_show_a_fault(
+    settings: dict[str, Any], known: bool, tmp_path: Path
+) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    base = {"vocab_size": 600, "initializer_range": 0.15, "sliding_window": None, **LAYERS}
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**base | settings)).eval()
+    fused = fuse(model)
+    assert (fused is not None) is known
+    if fused is not None:
+        weights.save({tmp_path / "fused.onnx": fused})
+        graph, ids = FusedGraph(tmp_path / "fused.onnx"), np.arange(40)
+        found, _ = graph.run(ids[None], np.ones((1, 40), np.int64), graph.empty_cache(1))
+        assert np.abs(found[0] - parity.logits_of(model, ids.tolist())).max() < 1e-4
+
+
 def test_too_few_tokens_say_nothing(merged: Any, tmp_path: Path) -> None:
     with pytest.raises(GateError, match="tokens are too few"):
         Reference(tmp_path, merged, SEQUENCES[:40])
@@ -146,12 +173,12 @@ def test_both_graphs_have_their_weights_at_the_same_places(bundle: Path) -> None
 def test_the_sidecar_holds_every_weight_once(bundle: Path, merged: Any) -> None:
     """The embedding is the head too, and norms of 256 bytes stay in the graphs."""
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    weights = sum(p.numel() * 4 for p in merged.parameters() if p.dim() == 2)
+    matrices = sum(p.numel() * 4 for p in merged.parameters() if p.dim() == 2)
     rotary = 2 * 1024 * (16 // 2) * 4
     fused = places(bundle / layout.VARIANTS["fp32"]["fused"])
-    assert sum({place: place[1] for place in fused.values()}.values()) == weights + rotary
+    assert sum({place: place[1] for place in fused.values()}.values()) == matrices + rotary
     sidecar = bundle / (layout.VARIANTS["fp32"]["graph"] + layout.WEIGHTS_SUFFIX)
-    assert sidecar.stat().st_size < weights + rotary + 4096 * len(fused)
+    assert sidecar.stat().st_size < matrices + rotary + 4096 * len(fused)
 
     quantised = places(bundle / layout.VARIANTS["q8"]["graph"])
     name = next(name for name in quantised if name.endswith(".rows")).removesuffix(".rows")
