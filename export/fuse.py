@@ -26,32 +26,42 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.MatMul.weight"
 
 
 def knows(config: "PretrainedConfig") -> bool:
-    """Whether there is a fused graph for an architecture, as far as its name says."""
-    return any(name in BUILDERS for name in config.architectures or ())
+    """Whether there is a fused graph for a model.
+
+    Not with a sliding window, which the builder counts otherwise than transformers, nor with
+    scaled rotary positions: both would show only in texts longer than those of the parity gate.
+    """
+    rotary = getattr(config, "rope_parameters", None) or {}
+    return (
+        any(name in BUILDERS for name in config.architectures or ())
+        and getattr(config, "sliding_window", None) is None
+        and rotary.get("rope_type", "default") == "default"
+    )
 
 
 def fuse(model: "PreTrainedModel") -> "onnx_ir.Model | None":
     """The fused graph of `model`, in fp32, its weights still those in memory.
 
-    None where the builder does not know the architecture, or a setting of it.
+    None where there is none: see `knows`, and the builder may refuse a setting.
     """
-    name = BUILDERS.get(type(model).__name__)
-    if name is None:
-        return None
     import onnx_ir
 
+    config = copy.deepcopy(model.config)  # the builder writes into it
+    config.architectures = [type(model).__name__]
+    if not knows(config):
+        return None
     # The builder's modules import each other by way of this one.
     import onnxruntime_genai.models  # noqa: F401
     from onnxruntime_genai.models import builders
 
-    config = copy.deepcopy(model.config)  # the builder writes into it
-    config.architectures = [type(model).__name__]
     fp32 = onnx_ir.DataType.FLOAT
     # Queries, keys and values apart, so that the contract graph has the same weights.
     options = {"disable_qkv_fusion": True}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         try:
-            builder = getattr(builders, name)(config, fp32, fp32, "cpu", "", options)
+            builder = getattr(builders, BUILDERS[type(model).__name__])(
+                config, fp32, fp32, "cpu", "", options
+            )
             builder.load_weights = lambda _: model  # instead of reading them from a folder
             builder.make_model("")
         except NotImplementedError:
