@@ -9,7 +9,7 @@ from typing import Any
 
 from cai_scale.constitution import Constitution
 from cai_scale.constitution import from_dict as constitution_from_dict
-from cai_scale.errors import ConfigError, DataError, MissingError
+from cai_scale.errors import ConfigError, DataError, IntegrityError, MissingError
 from cai_scale.records import parse_object, read_json
 from cai_scale.runtime.integrity import check, refused
 
@@ -119,6 +119,14 @@ def open_bundle(path: Path, expect_sha256: str | None = None) -> Bundle:
     if bundle.constitution.sha256 != manifest["constitution"]:
         raise refused(path, f"{CONSTITUTION} is not the constitution that the manifest names")
     return bundle
+
+
+def unloadable(bundle: Bundle, error: Exception) -> IntegrityError:
+    """The error for a file of a bundle that a library cannot read, though it is as exported."""
+    reason = " ".join(str(error).split())[:200]
+    return IntegrityError(
+        f"bundle {bundle.path} cannot be loaded ({type(error).__name__}: {reason}); export it again"
+    )
 
 
 def _read_manifest(path: Path, expect_sha256: str | None) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from cai_scale.errors import DataError, IntegrityError
+from cai_scale.errors import DataError
 from cai_scale.records import Completion, Message
-from cai_scale.runtime.bundle import CONFIG, GENERATION, Bundle
+from cai_scale.runtime.bundle import CONFIG, GENERATION, Bundle, unloadable
 from cai_scale.runtime.cache import open_cache
 from cai_scale.runtime.chat import Chat
 from cai_scale.runtime.graph import FusedGraph, Graph, return_free_memory
@@ -71,11 +71,7 @@ class Policy:
             self._load(bundle)
             return_free_memory()
         except Exception as error:  # each reader raises its own kinds
-            reason = " ".join(str(error).split())[:200]
-            raise IntegrityError(
-                f"bundle {bundle.path} cannot be loaded ({type(error).__name__}: {reason}); "
-                f"export it again"
-            ) from None
+            raise unloadable(bundle, error) from None
 
     def _load(self, bundle: Bundle) -> None:
         self.chat = Chat(bundle)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cai_scale.errors import DataError, IntegrityError
-from cai_scale.runtime.bundle import CONFIG, REWARD, Bundle
+from cai_scale.errors import DataError
+from cai_scale.runtime.bundle import CONFIG, REWARD, Bundle, unloadable
 from cai_scale.runtime.chat import Chat
 from cai_scale.runtime.graph import open_session
 
@@ -50,11 +50,7 @@ class RewardModel:
             self.chat = Chat(bundle, REWARD)
             self.longest = int(bundle.json(f"{REWARD}/{CONFIG}")["max_position_embeddings"])
         except Exception as error:  # each reader raises its own kinds
-            reason = " ".join(str(error).split())[:200]
-            raise IntegrityError(
-                f"bundle {bundle.path} cannot be loaded ({type(error).__name__}: {reason}); "
-                f"export it again"
-            ) from None
+            raise unloadable(bundle, error) from None
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, float]]:
         """Each response's score by label, in [0, 1] and in the order of the responses.
