@@ -23,7 +23,8 @@ from common import MODEL, in_turn, seconds, write
 from cai_scale import constitution, prompts
 from cai_scale.constitution import Constitution
 from cai_scale.critics.lexicon import LexiconCritic
-from cai_scale.runtime.reward import BATCH_TOKENS, ScorerGraph, batches, pad, score_tokens
+from cai_scale.runtime.graph import pad
+from cai_scale.runtime.reward import BATCH_TOKENS, ScorerGraph, batches, score_tokens
 from cai_scale.training.models import load_scorer, load_tokenizer
 from cai_scale.training.scorer import Scorer
 

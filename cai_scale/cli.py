@@ -133,9 +133,9 @@ def _constitution(arguments: Sequence[str]) -> int:
 
 
 def _generate(arguments: Sequence[str]) -> int:
-    from cai_scale.runtime import cli
+    from cai_scale.runtime.answer import generate
 
-    return cli.generate(arguments)
+    return generate(arguments)
 
 
 def _score(arguments: Sequence[str]) -> int:

@@ -12,6 +12,8 @@ from cai_scale.commands import Parser, one_line, require
 from cai_scale.errors import ConfigError
 from cai_scale.runtime import bundle as layout
 
+from .parity import Bounds
+
 
 @one_line
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,12 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="number formats to export: fp32, fp16, q8, q4 (default: fp32 q8)",
     )  # fmt: skip
     parser.add_argument(
-        *("--max-kl",), type=_number, default=0.02,
-        help="leave variants out that are farther from the trained model, in nats (default: 0.02)",
+        *("--max-kl",), type=_number, default=Bounds.kl,
+        help="leave variants out that are farther from the trained model, in nats "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        *("--min-top1",), type=_number, default=0.95,
-        help="leave variants out that find the same likeliest token less often (default: 0.95)",
+        *("--min-top1",), type=_number, default=Bounds.top1,
+        help="leave variants out that find the same likeliest token less often "
+        "(default: %(default)s)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     run = runs.finished(options.run)
@@ -58,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "onnxscript",
         "onnxruntime_genai",
     )
-    from .parity import Bounds
     from .pipeline import export
 
     bounds = Bounds(options.max_kl, options.min_top1)

@@ -12,7 +12,7 @@ from cai_scale.errors import GateError
 from cai_scale.runtime.bundle import Bundle
 from cai_scale.runtime.chat import Chat
 from cai_scale.runtime.generate import Policy
-from cai_scale.runtime.graph import FusedGraph, Graph
+from cai_scale.runtime.graph import FusedGraph, Graph, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -226,12 +226,7 @@ def _prefill(
     graph: Graph, sequences: Sequence[Sequence[int]], *, left: bool = False
 ) -> tuple[Array, dict[str, Array], Array]:
     """Logits [rows, width, vocabulary], the cache, and the mask [rows, width]."""
-    width = max(map(len, sequences))
-    tokens = np.zeros((len(sequences), width), np.int64)
-    mask = np.zeros((len(sequences), width), np.int64)
-    for row, sequence in enumerate(sequences):
-        place = _place(len(sequence), width, left=left)
-        tokens[row, place], mask[row, place] = sequence, 1
+    tokens, mask = pad(sequences, left=left)
     logits, cache = graph.run(tokens, mask, graph.empty_cache(len(sequences)))
     return logits, cache, mask
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cai_scale.errors import GateError
-from cai_scale.runtime.reward import ScorerGraph, pad
+from cai_scale.runtime.graph import pad
+from cai_scale.runtime.reward import ScorerGraph
 
 from .parity import MAX_DELTA
 from .reward import scores

@@ -20,7 +20,8 @@ from cai_scale.errors import CaiError, ConfigError, DataError, GateError, Integr
 from cai_scale.records import read_json, sha256, write_json
 from cai_scale.runtime import bundle as layout
 from cai_scale.runtime.bundle import open_bundle
-from cai_scale.runtime.reward import RewardModel, ScorerGraph, batches, pad
+from cai_scale.runtime.graph import pad
+from cai_scale.runtime.reward import RewardModel, ScorerGraph, batches
 from cai_scale.training.models import load_scorer
 from cai_scale.training.scorer import Scorer
 from processes import run_python

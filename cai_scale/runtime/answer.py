@@ -122,7 +122,7 @@ def _with_critic(
     language = constitution.languages[0]
     answers = []
     for messages, request in zip(conversations, requests, strict=True):
-        answer = best_of(policy, critic, request, options.best_of)
+        answer = best_of(policy, critic, messages, request, options.best_of)
         if options.revise:
             answer = revise_once(policy, critic, constitution, messages, request, answer, language)
         answers.append(answer.text)

@@ -13,15 +13,19 @@ from cai_scale.runtime.generate import Policy, Request
 _REVISION = 1_000_000
 
 
-def best_of(policy: Policy, critic: Critic, request: Request, count: int) -> Completion:
+def best_of(
+    policy: Policy, critic: Critic, messages: Sequence[Message], request: Request, count: int
+) -> Completion:
     """Answer `count` times with different random numbers; return what the critic scores highest.
 
     Of equal scores the first; an empty answer only where all are empty.
+
+    Args:
+        messages: the conversation that `request` encodes.
     """
     asked = [replace(request, sample=request.sample + n) for n in range(count)]
     answers = policy.complete(asked)
-    prompt = policy.chat.decode(request.tokens)
-    scores = critic.score([prompt] * count, [answer.text for answer in answers])
+    scores = critic.score([messages[-1]["content"]] * count, [answer.text for answer in answers])
     return max(zip(answers, scores, strict=True), key=lambda pair: _overall(pair[1]))[0]
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import onnxruntime as ort
 
-from cai_scale.runtime.graph import KEPT, Array, FusedGraph, Graph, past_name
+from cai_scale.runtime.graph import KEPT, Array, FusedGraph, Graph, pad, past_name
 
 PREFILL_TOKENS = 512  # at most, in one run of the graph: it bounds the memory of a run
 GROWTH = 64  # tokens by which the room of a fused cache grows
@@ -45,11 +45,7 @@ def _prefilled(graph: Graph, prompts: Sequence[Sequence[int]]) -> list[dict[str,
     while ordered:
         rows = max(1, PREFILL_TOKENS // len(ordered[-1]))
         batch, ordered = ordered[-rows:], ordered[:-rows]
-        tokens = np.zeros((len(batch), len(batch[-1])), np.int64)
-        mask = np.zeros_like(tokens)
-        for row, prompt in enumerate(batch):
-            tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
-        cache = graph.read(tokens, mask)
+        cache = graph.read(*pad(batch))
         for row, prompt in enumerate(batch):
             found[prompt] = {name: value[row, :, : len(prompt)] for name, value in cache.items()}
     return [found[tuple(prompt)] for prompt in prompts]

@@ -1,13 +1,10 @@
-"""`cai-score`, and what `cai-scale score` and `cai-scale generate` start. No torch."""
+"""`cai-score`. No torch."""
 
 import sys
 from collections.abc import Sequence
 
 from cai_scale.commands import one_line
-from cai_scale.runtime.answer import generate
 from cai_scale.runtime.score import score
-
-__all__ = ["generate", "score", "score_main"]
 
 
 @one_line

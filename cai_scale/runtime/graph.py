@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,18 @@ class FusedGraph(Graph):
         return self._run(
             input_ids=input_ids, attention_mask=attention_mask, **{KEPT: kept}, **cache
         )[1]
+
+
+def pad(
+    rows: Sequence[Sequence[int]], *, left: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens and their mask, [rows, longest row] each, int64."""
+    width = max(map(len, rows))
+    tokens, mask = np.zeros((2, len(rows), width), np.int64)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        tokens[index, place], mask[index, place] = row, 1
+    return tokens, mask
 
 
 def past_name(name: str) -> str:

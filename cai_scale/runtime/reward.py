@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cai_scale.errors import DataError
 from cai_scale.runtime.bundle import CONFIG, REWARD, Bundle, unloadable
 from cai_scale.runtime.chat import Chat
-from cai_scale.runtime.graph import open_session
+from cai_scale.runtime.graph import open_session, pad
 
 BATCH_TOKENS = 2048  # with padding; more is no faster on a CPU, and holds more memory
 
@@ -107,15 +107,3 @@ def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
-
-
-def pad(
-    rows: Sequence[Sequence[int]], *, left: bool = False
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens and their mask, [rows, longest row] each."""
-    width = max(map(len, rows))
-    tokens, mask = np.zeros((2, len(rows), width), np.int64)
-    for index, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(len(row))
-        tokens[index, place], mask[index, place] = row, 1
-    return tokens, mask
