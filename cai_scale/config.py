@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,7 +43,14 @@ class Config:
     )  # fmt: skip
     eval_prompts: str = setting("job", HELDOUT, "what to answer before and after, likewise")
     constitution: str | None = setting("job", None, "a YAML file; the default has four principles")
-    critic: str = setting("job", "lexicon", "what scores the answers", critics.NAMES)
+    critic: str = setting(
+        "job", "lexicon", "what scores the answers to train on: lexicon; reward:PATH, a reward "
+        "model's run, folder or bundle; or several with weights, as in lexicon*0.5+reward:PATH*0.5"
+    )  # fmt: skip
+    start: str | None = setting(
+        "job", None, "a finished run whose adapter or model the training continues from, such as "
+        "one of sft"
+    )  # fmt: skip
     ds_config: str | None = setting(
         "job", None, "a DeepSpeed JSON: a path, or a name such as zero2.json; none trains without "
         "DeepSpeed"
@@ -55,7 +63,13 @@ class Config:
         "onnx-q8, in 8 bits; auto takes onnx on a CPU where the architecture has a fused graph",
         rollout.SAMPLERS,
     )  # fmt: skip
-    samples: int = setting("rollout", 8, "answers per prompt", least=2)
+    sampler_url: str | None = setting(
+        "rollout", None, "the server of --sampler openai, such as http://host:8000/v1"
+    )
+    sampler_model: str | None = setting(
+        "rollout", None, "what that server calls the base model (default: --model)"
+    )
+    samples: int = setting("rollout", 8, "answers per prompt", least=1)
     temperatures: tuple[float, ...] = setting(
         "rollout", (0.7, 1.0), "temperatures, which take turns over a prompt's samples", least=0
     )
@@ -67,10 +81,25 @@ class Config:
 
     margin: float = setting("pairs", 0.05, "smallest score gap of a pair", least=0)
 
-    epochs: float = setting("training", 2.0, "passes over the pairs", least=0)
-    batch_size: int = setting("training", 8, "pairs per step, over all ranks", least=1)
-    micro_batch_size: int = setting("training", 4, "pairs at once on a rank", least=1)
+    rounds: int = setting(
+        "training", 1, "how often to sample anew, from the policy as it is by then, and train on",
+        least=1,
+    )  # fmt: skip
+    epochs: float = setting("training", 2.0, "passes over the data of a round", least=0)
+    steps: int | None = setting(
+        "training", None, "train this many steps a round, whatever --epochs says", least=1
+    )
+    batch_size: int = setting(
+        "training", 8, "pairs per step, over all ranks; answers with sft, reward and rlaif, prompts "
+        "with grpo", least=1,
+    )  # fmt: skip
+    micro_batch_size: int = setting("training", 4, "of these, at once on a rank", least=1)
     learning_rate: float = setting("training", 2e-4, "peak learning rate", least=0)
+    lora: bool = setting("training", True, "train a LoRA adapter; --no-lora trains the whole model")
+    qlora: bool = setting(
+        "training", False, "keep the base model in 4 bits while a LoRA adapter is trained; needs a "
+        "GPU and bitsandbytes"
+    )  # fmt: skip
     lora_r: int = setting("training", 16, "rank of LoRA", least=1)
     lora_alpha: int = setting("training", 32, "scale of LoRA, times 1/r", least=1)
     lora_dropout: float = setting("training", 0.0, "dropout of LoRA", least=0)
@@ -78,7 +107,41 @@ class Config:
     gradient_checkpointing: bool = setting(
         "training", False, "recompute activations to save memory"
     )
-    beta: float = setting("training", 0.1, "DPO's β: how firmly the reference holds", least=0)
+    report_to: tuple[str, ...] = setting(
+        "training", ("none",), "where else to log: tensorboard, wandb, mlflow, trackio …"
+    )
+
+    beta: float = setting(
+        "methods", 0.1, "dpo, grpo: β, how firmly the base model holds the policy", least=0
+    )
+    loss: str = setting(
+        "methods", "sigmoid", "dpo: sigmoid; margin, the source's without a reference; or another "
+        "of trl's by its name there", methods.DPO_LOSSES,
+    )  # fmt: skip
+    loss_margin: float = setting("methods", 0.0, "dpo: m of the loss 'margin'")
+    objective: str = setting(
+        "methods", "regression", "reward: regression to the critic's score, or bradley-terry on "
+        "pairs", ("regression", "bradley-terry"),
+    )  # fmt: skip
+    reward_outputs: str = setting(
+        "methods", "overall", "reward: one score, or with regression one for each of the principles",
+        ("overall", "principles"),
+    )  # fmt: skip
+    reward_weight: float = setting(
+        "methods", 0.1, "rlaif: λ, the weight of the reward head's loss", least=0
+    )
+    reward_scale: float = setting(
+        "methods", 0.5, "rlaif: h of λ·h·(r̂ - s)²; the source's worked examples have 1", least=0
+    )
+    reward_backbone: str = setting(
+        "methods", "shared", "rlaif: whether the reward head learns through the policy (shared), "
+        "leaves it alone (detached), or has a copy of its own (separate)",
+        ("shared", "detached", "separate"),
+    )  # fmt: skip
+    refresh: str = setting(
+        "methods", "round", "rlaif: sample anew every round (an epoch, with --epochs 1) or every "
+        "step", ("round", "step"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -94,21 +157,66 @@ class Config:
                         raise ConfigError(
                             f"--{item.name} {value!r}: expected a number of at least {least}"
                         )
-        if not self.temperatures:
-            raise ConfigError("--temperatures: expected at least one number")
-        for name in ("learning_rate", "beta", "epochs"):
+        for name in ("learning_rate", "epochs"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name} {getattr(self, name)}: expected a number above 0")
-        if self.seed >= 2**32:
-            raise ConfigError(f"--seed {self.seed}: expected a number under 2**32")
-        if not any(self.temperatures):
-            raise ConfigError(
-                "--temperatures 0: all samples of a prompt would be the same; give one above 0"
-            )
-        if self.lora_dropout >= 1:
-            raise ConfigError(f"--lora_dropout {self.lora_dropout}: expected a number under 1")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top_p {self.top_p}: expected a number above 0 and at most 1")
+        for wrong, complaint in (
+            (not self.temperatures, "--temperatures: expected at least one number"),
+            (self.seed >= 2**32, f"--seed {self.seed}: expected a number under 2**32"),
+            (
+                self.samples > 1 and not any(self.temperatures),
+                "--temperatures 0: all samples of a prompt would be the same; give one above 0",
+            ),
+            (
+                self.lora_dropout >= 1,
+                f"--lora_dropout {self.lora_dropout}: expected a number under 1",
+            ),
+            (
+                not 0 < self.top_p <= 1,
+                f"--top_p {self.top_p}: expected a number above 0 and at most 1",
+            ),
+            (
+                not isfinite(self.loss_margin),
+                f"--loss_margin {self.loss_margin}: expected a finite number",
+            ),
+            (
+                self.compares and self.samples < 2,
+                f"--samples {self.samples}: {self.method} compares the answers to a prompt; ask "
+                f"for 2 or more",
+            ),
+            (
+                self.method == "dpo" and self.loss != "margin" and self.beta == 0,
+                "--beta 0.0: expected a number above 0 with dpo",
+            ),
+            (
+                self.objective == "bradley-terry" and self.reward_outputs == "principles",
+                "--reward_outputs principles with --objective bradley-terry: pairs are ordered by "
+                "one score; use regression",
+            ),
+            (
+                self.qlora and not self.lora,
+                "--qlora with --no-lora: weights in 4 bits cannot be trained; give one of them",
+            ),
+            (
+                (self.sampler == "openai") != (self.sampler_url is not None),
+                f"--sampler {self.sampler} with --sampler_url {self.sampler_url}: a server's "
+                f"address goes with --sampler openai, and with no other",
+            ),
+        ):
+            if wrong:
+                raise ConfigError(complaint)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the method needs several answers to a prompt: as a pair, or as a group."""
+        return self.method in ("dpo", "grpo") or self.pairwise
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether the method trains on pairs."""
+        return self.method == "dpo" or (
+            self.method == "reward" and self.objective == "bradley-terry"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which `from_dict` takes back."""

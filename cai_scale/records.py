@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Score:
-    """A critic's verdict: a score per principle and the weighted mean, each in [0, 1]."""
+    """A critic's verdict: a score per principle and the weighted mean, each in [0, 1].
+
+    `principles` is empty where a critic gives the mean alone.
+    """
 
     principles: Mapping[str, float]
     overall: float
@@ -62,6 +65,15 @@ class Completion:
     text: str
     tokens: int
     finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A prompt, an answer to it, and what the critic made of that."""
+
+    prompt: Prompt
+    response: Response
+    score: Score
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,43 @@ ROOT = Path("runs")
 
 
 @dataclass(frozen=True)
-class Round:
-    """The files of one on-policy round; rounds count from 1."""
+class Trained:
+    """Where a training goes: its product, its checkpoints, its figures."""
 
     path: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The trained LoRA adapter."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, where it was trained whole."""
+        return self.path / "model"
+
+    @property
+    def product(self) -> Path | None:
+        """The adapter or the model, whichever is there: each appears whole, by a rename."""
+        return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def head(self) -> Path:
+        """The reward head that rlaif trains beside its product."""
+        return self.path / "reward_head.safetensors"
+
+
+@dataclass(frozen=True)
+class Round(Trained):
+    """The files of one on-policy round; rounds count from 1."""
 
     @property
     def rollouts(self) -> Path:
@@ -47,10 +80,8 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Trained):
     """A run folder. It is finished when `summary.json` exists, which is written last."""
-
-    path: Path
 
     @property
     def config(self) -> Path:
@@ -65,12 +96,14 @@ class Run:
         return self.path / "prompts" / f"{kind}.jsonl"
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def rounds(self) -> int:
+        """How many rounds the run takes."""
+        rounds = self.settings().get("rounds", 1)
+        return rounds if isinstance(rounds, int) else 1
 
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
+    def trained(self, round: int) -> Trained:
+        """Where the training of a round goes; that of the last one is the run's own."""
+        return self if round == self.rounds else self.round(round)
 
     def policy(self, when: str) -> Path:
         """The exported graph that answers while a stage runs; removed afterwards."""
@@ -80,10 +113,6 @@ class Run:
         """Remove exported policies, those too that a killed start left."""
         for folder in self.path.glob(".policy-*"):
             shutil.rmtree(folder, ignore_errors=True)
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
 
     @property
     def times(self) -> Path:

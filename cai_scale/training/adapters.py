@@ -1,10 +1,12 @@
 """LoRA adapters: their settings, and the check that a saved one is real."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cai_scale.config import Config
 from cai_scale.errors import IntegrityError, MissingError
 
 if TYPE_CHECKING:
@@ -16,17 +18,46 @@ CONFIG = "adapter_config.json"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def lora(r: int, alpha: int, dropout: float) -> "LoraConfig":
-    """LoRA on every linear layer but the head: attention and MLP projections, on GPT-2 too."""
+def lora(config: Config, *, task: str = "CAUSAL_LM", whole: Sequence[str] = ()) -> "LoraConfig":
+    """LoRA on every linear layer but the heads: attention and MLP projections.
+
+    peft finds them by their kind, GPT-2's Conv1D (`c_attn`, `c_proj`, `c_fc`) among them.
+
+    Args:
+        task: peft's name for what the model does: "CAUSAL_LM", or "SEQ_CLS" for a scorer.
+        whole: modules that are trained and saved whole, without LoRA, such as a score head.
+    """
     from peft import LoraConfig
 
     return LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
         target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        exclude_modules=list(whole) or None,
+        modules_to_save=list(whole) or None,
+        task_type=task,
     )
+
+
+def load_into(model: "PeftModel", folder: Path) -> None:
+    """Give a model whose adapter is new the weights of a saved one, to train on.
+
+    Raises:
+        IntegrityError: the saved adapter has other layers or shapes.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    check_adapter(folder, adapter_shapes(model))
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+
+
+def keep_only_the_adapter(folder: Path) -> None:
+    """The trainer also writes its arguments as a pickle, and the base model's tokenizer."""
+    for path in folder.iterdir():
+        if path.name not in (CONFIG, WEIGHTS):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def adapter_shapes(model: "PeftModel") -> Shapes:

@@ -13,7 +13,12 @@ from cai_scale.training.aliases import ALIASES, cache, convert, packaged
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        BitsAndBytesConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 # One plain template for models that bring none (GPT-2); it travels with the bundle.
 PLAIN_TEMPLATE = (
@@ -128,7 +133,9 @@ def load_config(model: str) -> "PretrainedConfig":
     return _load(AutoConfig, model)
 
 
-def load_model(model: str, dtype: "torch.dtype") -> "PreTrainedModel":
+def load_model(
+    model: str, dtype: "torch.dtype", *, quantization: "BitsAndBytesConfig | None" = None
+) -> "PreTrainedModel":
     """The model in evaluation mode, on this rank's GPU where there is one.
 
     Under an active ZeRO-3 configuration, transformers partitions the weights as it loads them,
@@ -136,7 +143,15 @@ def load_model(model: str, dtype: "torch.dtype") -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM
 
-    return _load_weights(AutoModelForCausalLM, model, dtype)
+    if quantization is None:
+        return _load_weights(AutoModelForCausalLM, model, dtype)
+    return _load_weights(
+        AutoModelForCausalLM,
+        model,
+        dtype,
+        quantization_config=quantization,
+        device_map={"": device()},
+    )
 
 
 def load_scorer(
@@ -181,7 +196,7 @@ def _load_weights(
         raise IntegrityError(
             f"model {model} lacks weights, {missing[0]} among them; restore its files"
         )
-    if not is_deepspeed_zero3_enabled():
+    if not is_deepspeed_zero3_enabled() and "quantization_config" not in options:
         loaded.to(device())
     return loaded.eval()
 
@@ -195,6 +210,26 @@ def device() -> "torch.device":
         if torch.cuda.is_available()
         else (torch.device("cpu"))
     )
+
+
+def load_trained(model: str, product: Path | None, dtype: "torch.dtype") -> "PreTrainedModel":
+    """A base model with a run's product: its adapter put on top, or its whole model instead.
+
+    Args:
+        product: a folder that a training left; None loads the base model as it is.
+    """
+    if product is None:
+        return load_model(model, dtype)
+    if is_adapter(product):
+        return with_adapter(load_model(model, dtype), product)
+    return load_model(str(product), dtype)
+
+
+def is_adapter(product: Path) -> bool:
+    """Whether a training's product is an adapter; otherwise it is a model."""
+    from cai_scale.training.adapters import CONFIG
+
+    return (product / CONFIG).is_file()
 
 
 def with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":

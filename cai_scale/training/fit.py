@@ -1,0 +1,136 @@
+"""What all trainings share: their arguments, the model they start from, and how they end."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cai_scale.runs import Trained
+from cai_scale.training import adapters, models
+from cai_scale.training.batches import plan_batch
+from cai_scale.training.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Trainer
+
+T = TypeVar("T")
+
+
+def arguments(task: Task, kind: type[T], *, rows: int, **own: Any) -> T:
+    """The `TrainingArguments` of a task. They switch ZeRO-3's partitioned loading on, so they
+    are made before the model is loaded.
+
+    Args:
+        kind: `TrainingArguments` itself, or what a trainer of TRL derives from it.
+        rows: how many rows an epoch has: a multiple of the batch size.
+        own: the arguments of this method alone; they replace the common ones.
+    """
+    import torch
+
+    config, world = task.config, task.ranks.world
+    gpu = torch.cuda.is_available()
+    batch = plan_batch(config.batch_size, config.micro_batch_size, world)
+    steps = config.steps or int(config.epochs * rows / config.batch_size)
+    common = {
+        "output_dir": str(task.into.checkpoints),
+        "deepspeed": task.ds_config,
+        "use_cpu": not gpu,
+        "ddp_backend": "gloo" if world > 1 and not gpu else None,
+        "bf16": task.precision.name == "bf16",
+        "fp16": task.precision.name == "fp16",
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "per_device_train_batch_size": batch.per_rank,
+        "gradient_accumulation_steps": batch.accumulation,
+        "dataloader_drop_last": True,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.steps or -1,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        # A tenth of the steps; none where they are few, so that one step still learns.
+        "warmup_steps": steps // 10,
+        "seed": config.seed,
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "report_to": list(config.report_to),
+        "disable_tqdm": not task.ranks.main,
+    }
+    return kind(**{**common, **own})
+
+
+def policy(task: Task) -> "PreTrainedModel":
+    """The model to train, on this rank: the base model, or the whole model to continue from."""
+    from cai_scale.training.quantised import four_bits
+
+    config = task.config
+    if not config.lora:
+        import torch
+
+        # The optimizer moves fp32 weights; mixed precision computes with copies of them.
+        name = str(task.start) if task.start else config.model
+        return models.load_model(name, torch.float32).train()
+    quantization = four_bits() if config.qlora else None
+    return models.load_model(config.model, task.precision.dtype, quantization=quantization)
+
+
+def fit(task: Task, trainer: "Trainer", **shown: str) -> None:
+    """Train from the newest checkpoint, or from `task.start`; leave the checked product.
+
+    Args:
+        shown: figures for the progress bar: what to call each, and its key in the logs.
+
+    Raises:
+        IntegrityError: what was saved is not what was trained.
+    """
+    from transformers import ProgressCallback
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from cai_scale.training.callbacks import MetricsLog, ProgressBar
+
+    trainer.add_callback(MetricsLog(task.into.metrics))
+    if task.ranks.main:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressBar(**shown))
+    model: Any = trainer.model
+    if task.config.lora and task.start is not None:
+        adapters.load_into(model, task.start)
+    expected = adapters.adapter_shapes(model) if task.config.lora else None
+    trainer.train(resume_from_checkpoint=newest_checkpoint(task.into.checkpoints))
+
+    aside = task.into.path / ".product"
+    trainer.save_model(str(aside))  # a collective under ZeRO-3: every rank takes part
+    trainer.accelerator.wait_for_everyone()
+    # The arguments live on in accelerate's state; models loaded from here on are not sharded.
+    unset_hf_deepspeed_config()
+    if not task.ranks.main:
+        return
+    if expected is not None:
+        adapters.keep_only_the_adapter(aside)
+        adapters.check_adapter(aside, expected)
+        _replace(aside, task.into.adapter)
+    else:
+        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle
+        models.check(str(aside))
+        _replace(aside, task.into.model)
+
+
+def _replace(aside: Path, product: Path) -> None:
+    shutil.rmtree(product, ignore_errors=True)
+    aside.rename(product)
+
+
+def whole_batches(rows: Sequence[T], batch_size: int, weight: Callable[[T], float]) -> list[T]:
+    """As many rows as fill batches, in order; those of the least weight are left out.
+
+    An incomplete batch would hold other rows on another number of ranks.
+    """
+    count = len(rows) // batch_size * batch_size
+    heaviest = sorted(range(len(rows)), key=lambda index: -weight(rows[index]))[:count]
+    return [rows[index] for index in sorted(heaviest)]
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint to which the trainer has written its state, which comes last."""
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    newest = max(states, key=lambda state: int(state.parent.name.split("-")[1]), default=None)
+    return str(newest.parent) if newest else None
