@@ -59,6 +59,7 @@ def stages(run: Run) -> dict[str, Stage]:
             (*product, into.head, into.metrics, into.checkpoints),
         )
         policy = product
+    evaluated: tuple[Path, ...]
     if config.method == "reward":
         rewards = run.evaluation("rewards")
         evaluated = (rewards, run.round(1).scores(rewards), run.evaluation("predicted"))
@@ -68,7 +69,7 @@ def stages(run: Run) -> dict[str, Stage]:
         evaluated = (before, after)
     found["summary"] = Stage(
         (*settings, heldout, *evaluated, run.round(run.rounds).audit, run.metrics),
-        (run.times, run.report, run.summary),
+        (run.costs, run.report, run.summary),
     )
     return found
 

@@ -144,6 +144,12 @@ def _score(arguments: Sequence[str]) -> int:
     return score(arguments)
 
 
+def _compare(arguments: Sequence[str]) -> int:
+    from cai_scale import compare
+
+    return compare.main(arguments)
+
+
 def _verify(arguments: Sequence[str]) -> int:
     from cai_scale import verify
 
@@ -166,6 +172,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "collect": (_collect, "sample, revise and score answers, and build pairs"),
     "train": (_train, "the same, and train on the pairs"),
     "evaluate": (_evaluate, "the same, and evaluate and report: the whole main job"),
+    "compare": (_compare, "run several methods from the same start, and put them side by side"),
     "report": (_report, "print a finished run's table again"),
     "constitution": (_constitution, "show or check a constitution"),
     "verify": (_verify, "check a run or a bundle, link by link: files, pairs, scores, figures"),

@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,7 +64,7 @@ class Job:
             try:
                 yield
             finally:
-                self.run.add_seconds(name, time.monotonic() - started)
+                self.run.add_cost(name, time.monotonic() - started, _peak_memory())
 
     def say(self, text: str) -> None:
         if self.ranks.main:
@@ -146,6 +148,16 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
         + (f"DeepSpeed {config.ds_config}" if ds_config else "without DeepSpeed")
     )
     return job
+
+
+def _peak_memory() -> int:
+    """The most that this process has held so far, in bytes: of a GPU's memory where it has one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 
 
 def _keep(run: Run, constitution: Constitution, asked: Mapping[str, Sequence[Prompt]]) -> None:

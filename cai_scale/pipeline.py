@@ -121,8 +121,7 @@ def evaluate(job: Job) -> None:
         after = _answer_heldout(job, "after", answering)
     if job.ranks.main:
         answered = results.answered(job.evaluator, job.heldout, before, after)
-        seconds = read_json(job.run.times)
-        summary = results.summary(job.config, job.constitution, job.evaluator, answered, seconds)
+        summary = results.summary(job.config, job.run, job.constitution, job.evaluator, answered)
         write_report(job.run, summary, answered, job.constitution)
         digest = chain.finish(job.run, summary)
         print_summary(summary, job.constitution)

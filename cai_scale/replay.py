@@ -145,8 +145,7 @@ class Replay:
         answered = results.answered(
             self.evaluator, self.heldout, self.answers("before"), self.answers("after")
         )
-        seconds = read_json(self.run.times)
-        again = results.summary(self.config, self.constitution, self.evaluator, answered, seconds)
+        again = results.summary(self.config, self.run, self.constitution, self.evaluator, answered)
         _same(read_json(self.run.summary), again, "summary.json")
         return f"answers to {again['n']} prompts scored again, table and interval recomputed"
 

@@ -2,6 +2,8 @@
 works it out again, by the same code. No torch.
 """
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +25,8 @@ from cai_scale.records import (
     Prompt,
     Response,
     Score,
+    read_json,
+    read_jsonl,
     read_records,
     write_jsonl,
 )
@@ -186,22 +190,54 @@ def answered(
 
 def summary(
     config: Config,
+    run: Run,
     constitution: Constitution,
     critic: Critic,
     answers: Sequence[Answered],
-    seconds: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of `summary.json`."""
     return {
-        "schema": 1,
-        "method": config.method,
-        "model": config.model,
-        "constitution": constitution.sha256,
+        **_about(config, run, constitution),
         "critic": critic.name,
         **compare(answers, constitution),
         "drift": drift(answers),
         "slices": slices(answers, constitution),
         "decoding": asdict(protocol.DECODING) | {"stop": list(protocol.DECODING.stop)},
         "seeds": [protocol.SEED],
-        "seconds": seconds,
+        **cost(run),
     }
+
+
+def _about(config: Config, run: Run, constitution: Constitution) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "method": config.method,
+        "model": config.model,
+        "constitution": constitution.sha256,
+        "trained_on": config.critic,
+    }
+
+
+def cost(run: Run) -> dict[str, Any]:
+    """What a run took: seconds by stage, memory, tokens that were sampled to train on, and how
+    many parameters were trained."""
+    stages = read_json(run.costs)
+    rounds = [run.round(number) for number in range(1, run.rounds + 1)]
+    files = [file for r in rounds for file in (r.rollouts, *r.all_revisions()) if file.is_file()]
+    metrics = [file for n in range(1, run.rounds + 1) if (file := run.trained(n).metrics).is_file()]
+    tokens = sum(row["tokens"] for file in files for _, row in read_jsonl(file))
+    live = sum(row.get("sampled_tokens", 0) for file in metrics for _, row in read_jsonl(file))
+    trained = [*(run.product.glob("*.safetensors") if run.product else ()), run.head]
+    return {
+        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+        "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages.values()),
+        "sampled_tokens": int(tokens + live),
+        "trained_parameters": sum(map(_parameters, filter(Path.is_file, trained))),
+    }
+
+
+def _parameters(file: Path) -> int:
+    """How many numbers a safetensors file holds: its header, whose length comes first, says."""
+    with file.open("rb") as content:
+        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+    return sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")

@@ -122,8 +122,9 @@ class Run(Trained):
             shutil.rmtree(folder, ignore_errors=True)
 
     @property
-    def times(self) -> Path:
-        return self.path / "times.json"
+    def costs(self) -> Path:
+        """For every stage, the seconds that it took and the memory that rank 0 held at most."""
+        return self.path / "costs.json"
 
     @property
     def summary(self) -> Path:
@@ -204,11 +205,15 @@ class Run(Trained):
         """The settings that the run was started with."""
         return dict(self.record["settings"])
 
-    def add_seconds(self, stage: str, seconds: float) -> None:
-        """Add to the time that a stage has taken, over all starts of the run."""
-        times = read_json(self.times) if self.times.is_file() else {}
-        times[stage] = round(times.get(stage, 0.0) + seconds, 3)
-        write_json(self.times, times)
+    def add_cost(self, stage: str, seconds: float, memory: int) -> None:
+        """Add to what a stage has cost, over all starts of the run; `memory` in bytes."""
+        costs = read_json(self.costs) if self.costs.is_file() else {}
+        before = costs.get(stage, {"seconds": 0.0, "peak_memory_bytes": 0})
+        costs[stage] = {
+            "seconds": round(before["seconds"] + seconds, 3),
+            "peak_memory_bytes": max(before["peak_memory_bytes"], memory),
+        }
+        write_json(self.costs, costs)
 
 
 def versions(*names: str) -> dict[str, str]:

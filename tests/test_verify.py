@@ -129,7 +129,7 @@ def test_every_changed_byte_of_a_bundle_is_caught_without_its_run(run: Run) -> N
         ("rounds/1/audit.json", "pair"),
         ("adapter/adapter_model.safetensors", "train"),
         ("metrics.jsonl", "train"),
-        ("times.json", "summary"),
+        ("costs.json", "summary"),
         ("report.html", "summary"),
         ("summary.json", "summary"),
     ],

@@ -14,6 +14,13 @@ from cai_scale.records import read_json, read_jsonl, replacing
 from cai_scale.runs import Run
 
 SAMPLES = 24
+CURVES = {  # what the methods log, and what to call it
+    "loss": "loss",
+    "rewards/margins": "reward margin",
+    "lm_loss": "loss of the language model",
+    "reward_loss": "loss of the reward head",
+    "reward": "mean reward",
+}
 
 
 def write_report(
@@ -31,7 +38,7 @@ def write_report(
         run=run.path.name,
         summary=summary,
         config=read_json(run.config),
-        audit=read_json(run.round(1).audit),
+        audit=read_json(audit) if (audit := run.round(run.rounds).audit).is_file() else {},
         constitution=constitution,
         table=rows(summary, constitution),
         slices={key: rows(part, constitution) for key, part in summary["slices"].items()},
@@ -93,7 +100,7 @@ def _differences(answered: Sequence[Answered]) -> str:
 def _training(run: Run) -> str:
     figure, axes = _figure()
     logs = [record for _, record in read_jsonl(run.metrics, torn_tail=True)]
-    for key, label in (("loss", "loss"), ("rewards/margins", "reward margin")):
+    for key, label in CURVES.items():
         points = [(log["step"], log[key]) for log in logs if key in log]
         if points:
             axes.plot(*zip(*points, strict=True), label=label)

@@ -61,7 +61,7 @@ def _without_reference(margin: float) -> Any:
     each rejected one 0: with β = 1 its sigmoid loss is -log σ(Δℓ - margin)."""
     from trl import DPOTrainer
 
-    class MarginTrainer(DPOTrainer):  # type: ignore[misc]
+    class MarginTrainer(DPOTrainer):
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
             chosen, rejected = [margin] * len(dataset), [0.0] * len(dataset)
             return dataset.add_column("ref_chosen_logps", chosen).add_column(

@@ -1,7 +1,8 @@
 """What a method is given: the settings, the data of one round, and where its training goes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ class Task:
             the base model.
         prompts, answers, pairs: the round's data; answers that are empty have no score and are
             left out.
-        sampler: makes a sampler of the policy in a folder, or of the base model where that is
-            None, for methods that sample while they train.
+        sampler: a sampler of the policy in a folder, or of the base model where that is None,
+            for as long as its block lasts: for methods that sample while they train.
         round: counts from 1.
     """
 
@@ -42,4 +43,4 @@ class Task:
     pairs: Sequence[Pair] = ()
     constitution: Constitution | None = None
     critic: Critic | None = None
-    sampler: Callable[[Path | None], Sampler] | None = field(default=None, repr=False)
+    sampler: Callable[[Path | None], AbstractContextManager[Sampler]] | None = None
