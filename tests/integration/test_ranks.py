@@ -1,13 +1,16 @@
 """Real ranks: the number of ranks and the ZeRO stage change neither rollouts nor training.
 
-The ranks are started once with two processes and once with one, and train a tiny model under
-all six configurations on the same pairs.
+The ranks are started once with two processes and once with one, and train a tiny model by each
+method under all six configurations on the same data.
 """
 
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cai_scale.preferences.pairs import read_pairs
@@ -16,20 +19,25 @@ from cai_scale.records import read_jsonl, write_jsonl
 from cai_scale.runs import Run
 from cai_scale.training.adapters import check_adapter
 from processes import run_deepspeed, run_python
+from tasks import distance, logged, weights
 
 pytestmark = pytest.mark.slow
 
 WORKER = str(Path(__file__).parent / "worker.py")
 CONFIGS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+METHODS = ("dpo", "rlaif", "reward")
+TRAINED = ",".join(METHODS)
 
 
 @pytest.fixture(scope="module")
-def pairs_file(finished_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pairs of the tiny run, repeated to 13: three batches of four, and one left over."""
-    pairs = read_pairs(finished_run.round(1).pairs)
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    write_jsonl(path, (pairs * 13)[:13])
-    return path
+def data(finished_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run's answers, and its pairs repeated to 13: three batches of four and one over."""
+    folder = tmp_path_factory.mktemp("data")
+    files = finished_run.round(1)
+    for file in (files.rollouts, files.scores(files.rollouts)):
+        shutil.copy(file, folder)
+    write_jsonl(folder / "pairs.jsonl", (read_pairs(files.pairs) * 13)[:13])
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -38,101 +46,128 @@ def inputs(tiny_model: Path, tiny_constitution: Path, few_prompts: Path) -> list
 
 
 @pytest.fixture(scope="module")
-def one_rank(inputs: list[str], pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Plain training in one process, and the controls: one changed pair, another learning."""
-    folder = tmp_path_factory.mktemp("one")
-    result = run_python(WORKER, str(folder), *inputs, str(pairs_file), "none")
-    assert result.returncode == 0, result.stderr
-    return folder
+def alone(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Plain training in one process; data and methods are its arguments."""
+
+    def train(data: Path, methods: str, prompts: Path | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("one")
+        given = [*inputs[:2], str(prompts or inputs[2])]
+        result = run_python(WORKER, str(folder), *given, str(data), methods, "none", timeout=600)
+        assert result.returncode == 0, result.stderr
+        return folder / "none"
+
+    return train
 
 
 @pytest.fixture(scope="module")
-def two_ranks(
-    inputs: list[str], pairs_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def one_rank(alone: Callable[..., Path], data: Path) -> Path:
+    return alone(data, TRAINED)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(inputs: list[str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    result = run_deepspeed(2, WORKER, str(folder), *inputs, str(pairs_file), *CONFIGS)
+    flags = [str(folder), *inputs, str(data), TRAINED, *CONFIGS]
+    result = run_deepspeed(2, WORKER, *flags, timeout=1200)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     return folder
 
 
-def weights(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return {
-        k: v.double() for k, v in load_file(folder / "adapter/adapter_model.safetensors").items()
-    }
-
-
 @pytest.fixture(scope="module")
-def start(tiny_model: Path) -> dict[str, Any]:
-    """A₀: the adapter before training, made as the trainer makes it."""
-    import torch
-    from peft import get_peft_model, get_peft_model_state_dict
-    from transformers import set_seed
+def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A₀ of each method: what comes out of a training with a rate that moves nothing."""
+    from tasks import answers, pairs, train
 
-    from cai_scale.training.adapters import lora
-    from cai_scale.training.models import load_model
-
-    base = load_model(str(tiny_model), torch.float32)
-    set_seed(0)
-    state = get_peft_model_state_dict(get_peft_model(base, lora(4, 8, 0.0)))
-    return {name: value.double() for name, value in state.items()}
-
-
-def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
-    assert a.keys() == b.keys()
-    return float(sum(((a[k] - b[k]) ** 2).sum() for k in a) ** 0.5)
-
-
-def test_training_moves_the_adapter(one_rank: Path, start: dict[str, Any]) -> None:
-    """The bound below means something only if A is far from A₀."""
-    trained = weights(one_rank / "none")
-    size = float(sum((v**2).sum() for v in start.values()) ** 0.5)
-    assert distance(trained, start) > 0.02 * size
+    folder = tmp_path_factory.mktemp("start")
+    found = {}
+    for method in METHODS:
+        train(
+            *(tiny_model, folder / method),
+            method=method,
+            pairs=pairs(2),
+            answers=answers(2),
+            steps=1,
+            learning_rate=1e-30,
+            lora_r=4,
+            lora_alpha=8,
+            reward_outputs="principles",
+        )
+        found[method] = weights(folder / method)
+    return found
 
 
+def losses(folder: Path) -> Any:
+    return np.array([record["loss"] for record in logged(folder)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_moves_the_adapter(one_rank: Path, start: dict[str, Any], method: str) -> None:
+    """The bounds below mean something only if A is far from A₀."""
+    trained = weights(one_rank / method)
+    size = float(sum((v**2).sum() for v in start[method].values()) ** 0.5)
+    assert distance(trained, start[method]) > 0.02 * size
+    assert len(losses(one_rank / method)) == 20
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_two_ranks_train_as_one(
-    one_rank: Path, two_ranks: Path, start: dict[str, Any], name: str
+    one_rank: Path, two_ranks: Path, start: dict[str, Any], name: str, method: str
 ) -> None:
-    """‖A − A′‖ ≤ 1e-3 ‖A − A₀‖ in fp32, under every configuration."""
-    plain, shared = weights(one_rank / "none"), weights(two_ranks / name)
-    check_adapter(two_ranks / name / "adapter", {k: tuple(v.shape) for k, v in start.items()})
-    moved = distance(plain, start)
-    assert distance(plain, shared) <= 1e-3 * moved
+    """The same losses to 1e-3, and ‖A - A′‖ ≤ 1e-3 ‖A - A₀‖, in fp32, everywhere."""
+    plain, shared = weights(one_rank / method), weights(two_ranks / name / method)
+    shapes = {key: tuple(value.shape) for key, value in start[method].items()}
+    check_adapter(two_ranks / name / method / "adapter", shapes)
+    assert distance(plain, shared) <= 1e-3 * distance(plain, start[method])
+    np.testing.assert_allclose(
+        losses(two_ranks / name / method), losses(one_rank / method), rtol=1e-3
+    )
 
 
-def test_one_changed_pair_breaks_the_equality(
+def test_one_changed_row_breaks_the_equality(
     one_rank: Path,
-    inputs: list[str],
-    pairs_file: Path,
+    alone: Callable[..., Path],
+    data: Path,
     start: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    """The control: the same training with chosen and rejected of one pair swapped."""
-    pairs = read_pairs(pairs_file)
+    """The control: one pair's answers swapped, and one answer's score moved by .2."""
+    changed = Path(shutil.copytree(data, tmp_path / "data"))
+    pairs = read_pairs(changed / "pairs.jsonl")
     pairs[5] = replace(pairs[5], chosen=pairs[5].rejected, rejected=pairs[5].chosen)
-    changed = tmp_path / "pairs.jsonl"
-    write_jsonl(changed, (asdict(pair) for pair in pairs))
-    result = run_python(WORKER, str(tmp_path), *inputs, str(changed), "none")
-    assert result.returncode == 0, result.stderr
-    plain = weights(one_rank / "none")
-    assert distance(plain, weights(tmp_path / "none")) > 1e-3 * distance(plain, start)
+    write_jsonl(changed / "pairs.jsonl", (asdict(pair) for pair in pairs))
+    rows = [record for _, record in read_jsonl(changed / "rollouts.scores.jsonl")]
+    for row in rows[:8]:
+        for scores in (row["score"], row["score"]["principles"]):
+            for name, value in scores.items():
+                if isinstance(value, float):
+                    scores[name] = abs(value - 0.2)
+    write_jsonl(changed / "rollouts.scores.jsonl", rows)
+    other = alone(changed, TRAINED)
+    for method in METHODS:
+        plain = weights(one_rank / method)
+        bound = 1e-3 * distance(plain, start[method])
+        assert distance(plain, weights(other / method)) > bound, method
+        gap = np.abs(losses(other / method) / losses(one_rank / method) - 1).max()
+        assert gap > 1e-3, method
 
 
-FILES = ("rollouts.jsonl", "revisions.jsonl", "pairs.jsonl")
+FILES = (
+    *("rollouts.jsonl", "rollouts.scores.jsonl", "revisions.jsonl", "revisions.scores.jsonl"),
+    "pairs.jsonl",
+)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_two_ranks_roll_out_as_one(one_rank: Path, two_ranks: Path, name: str) -> None:
-    files = [Run(p).round(1).path / name for p in (one_rank / "none", two_ranks / CONFIGS[0])]
+    runs = (one_rank / "dpo", two_ranks / CONFIGS[0] / "dpo")
+    files = [Run(path).round(1).path / name for path in runs]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert files[0].stat().st_size > 0
 
 
 def test_one_changed_prompt_breaks_that_equality(
-    one_rank: Path, inputs: list[str], pairs_file: Path, tmp_path: Path
+    one_rank: Path, alone: Callable[..., Path], inputs: list[str], data: Path, tmp_path: Path
 ) -> None:
     """The control: one prompt with one more word, under its old id."""
     prompts = load(inputs[2])
@@ -140,11 +175,10 @@ def test_one_changed_prompt_breaks_that_equality(
     rows[3]["prompt"] = "Well, " + rows[3]["prompt"]
     changed = tmp_path / "prompts.jsonl"
     write_jsonl(changed, rows)
-    result = run_python(WORKER, str(tmp_path), *inputs[:2], str(changed), str(pairs_file), "none")
-    assert result.returncode == 0, result.stderr
+    other = alone(data, "dpo", changed)
     texts = [
-        [record["text"] for _, record in read_jsonl(Run(p / "none").round(1).rollouts)]
-        for p in (one_rank, tmp_path)
+        [record["text"] for _, record in read_jsonl(Run(p / "dpo").round(1).rollouts)]
+        for p in (one_rank, other)
     ]
     assert len(texts[0]) == len(texts[1])
     assert texts[0] != texts[1]

@@ -1,7 +1,8 @@
-"""Started once by a launcher: roll out and train under several ds_configs, one after another.
+"""Started once by a launcher: roll out, and train by several methods under several ds_configs.
 
-worker.py FOLDER MODEL CONSTITUTION PROMPTS PAIRS CONFIG [CONFIG …]; a CONFIG is the name of a
-DeepSpeed file, or "none".
+worker.py FOLDER MODEL CONSTITUTION PROMPTS DATA METHODS CONFIG [CONFIG …]; DATA holds the
+pairs.jsonl and rollouts.jsonl to train on, METHODS is like dpo,rlaif, and a CONFIG is the name of
+a DeepSpeed file, or "none". What is trained goes to FOLDER/CONFIG/METHOD.
 """
 
 import sys
@@ -10,51 +11,54 @@ from pathlib import Path
 
 def main() -> None:
     arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    folder, model, constitution, prompts, pairs_file = map(Path, arguments[:5])
-    configs = arguments[5:]
+    folder, model, constitution, prompts, data = map(Path, arguments[:5])
+    methods, configs = arguments[5].split(","), arguments[6:]
 
     from accelerate.state import AcceleratorState, GradientState
 
-    from cai_scale import pipeline, ranks
+    from cai_scale import pipeline, ranks, results
     from cai_scale.config import Config
     from cai_scale.job import start
-    from cai_scale.methods import load_method
     from cai_scale.preferences.pairs import read_pairs
+    from cai_scale.records import Response, Score, read_records
+    from cai_scale.runs import Round
 
-    pairs = read_pairs(pairs_file)
+    stored = Round(data)
+    pairs = read_pairs(stored.pairs)
+    responses = read_records(stored.rollouts, lambda row: Response(**row))
+    scores = read_records(
+        stored.scores(stored.rollouts), lambda row: row["score"] and Score(**row["score"])
+    )
     for name in configs:
-        # One process trains several times: forget what the run before has set up.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        config = Config(
-            model=str(model),
-            constitution=str(constitution),
-            prompts=str(prompts),
-            eval_prompts=str(prompts),
-            precision="fp32",
-            ds_config=None if name == "none" else f"{name}.json",
-            max_new_tokens=20,
-            rollout_batch_size=8,
-            margin=0.01,
-            batch_size=4,
-            micro_batch_size=2,
-            epochs=2.0,
-            learning_rate=3e-3,
-            lora_r=4,
-            lora_alpha=8,
-        )
-        job = start(config, folder / name)
-        if name == configs[0]:
-            pipeline.collect_pairs(job)
-        load_method("dpo").train(
-            config,
-            pairs,
-            job.run,
-            ranks=job.ranks,
-            precision=job.precision,
-            ds_config=job.ds_config,
-        )
-        ranks.wait_for(job.run.adapter)
+        for method in methods:
+            # One process trains several times: forget what the training before has set up.
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+            config = Config(
+                method=method,
+                model=str(model),
+                constitution=str(constitution),
+                prompts=str(prompts),
+                eval_prompts=str(prompts),
+                precision="fp32",
+                ds_config=None if name == "none" else f"{name}.json",
+                sampler="auto" if method == "dpo" else "transformers",
+                max_new_tokens=20,
+                rollout_batch_size=8,
+                margin=0.01,
+                batch_size=4,
+                micro_batch_size=2,
+                steps=5 if method == "grpo" else 20,
+                learning_rate=1e-3,
+                lora_r=4,
+                lora_alpha=8,
+                reward_outputs="principles",
+            )
+            job = start(config, folder / name / method)
+            if (name, method) == (configs[0], "dpo"):
+                pipeline.collect(job, 1)
+            answers = results.scored(job.prompts, responses, scores)
+            pipeline.train(job, 1, answers, pairs)
     ranks.leave()
 
 
