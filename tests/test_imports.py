@@ -13,7 +13,7 @@ ALLOWED = {
     "constitution": set(),
     "critics": set(),
     "prompts": set(),
-    "rollout": {"critics", "runtime"},
+    "rollout": {"critics", "runtime", "commands"},
     "preferences": set(),
     "training": set(),
     "methods": {"training"},
