@@ -1,6 +1,10 @@
 """The sampler of OpenAI-compatible servers: against `cai-scale serve`, and a server by script."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -329,6 +333,59 @@ def test_a_server_that_dies_loses_nothing(tmp_path: Path) -> None:
         responses = gather(sampler_of(fake.url))
     assert [r.text for r in responses] == [f"{r.prompt_id}/{seed_of(r)}" for r in asked]
     assert len(fake.bodies[CHAT]) == 12
+
+
+def test_answers_beside_an_error_are_given_first() -> None:
+    sampler = sampler_of("http://127.0.0.1:1/v1")
+
+    async def at_once(client: Any, model: str, request: Request) -> tuple[Request, Completion]:
+        if request.prompt_id == "bad":
+            raise ServerError("bad")
+        return request, Completion("x", 1, True)
+
+    sampler._answer = at_once  # type: ignore[method-assign]
+    found = []
+    with pytest.raises(ServerError, match="bad"):
+        for one, _ in sampler.sample([[request("bad"), request("a"), request("b")]]):
+            found.append(one.prompt_id)
+    assert sorted(found) == ["a", "b"]
+
+
+def test_an_interrupt_ends_it_at_once() -> None:
+    code = """
+import sys
+from cai_scale.commands import one_line
+from cai_scale.rollout.sampler import Request
+from test_remote import sampler_of, request
+
+@one_line
+def main():
+    list(sampler_of(sys.argv[1]).sample([[request("p1"), request("p2")]]))
+
+sys.exit(main())
+"""
+    asked = threading.Event()
+
+    def script(path: str, body: dict[str, Any]) -> Any:
+        asked.set()
+        time.sleep(5)
+        return echo(path, body)
+
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    with scripted(script) as fake:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, fake.url],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parent.parent,
+        )
+        assert asked.wait(60)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (130, "")
+    assert time.monotonic() - start < 4
 
 
 def test_a_reader_that_leaves_ends_what_is_under_way() -> None:

@@ -26,7 +26,7 @@ CHECK_SECONDS = 5  # for a server to say which models it has
 DEADLINE = 600.0  # seconds for one answer, all tries and the server's queue included
 # The files of a LoRA adapter, as peft and vLLM know them.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LOCAL = "or sample the later rounds with --sampler transformers"
+LOCAL = "or use --sampler transformers"
 
 
 def check(url: str, model: str, *, adapters: bool = False) -> None:
