@@ -48,7 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     options = parser.parse_args(arguments)
     run = runs.finished(options.run)
-    if not options.merge_lora:
+    if run.settings()["method"] == "reward":
+        raise ConfigError(
+            f"{run.path} trained a reward model, which scores and does not answer; export the run "
+            f"of another method with --reward {run.path}"
+        )
+    if not options.merge_lora and not run.model.is_dir():
         raise ConfigError(f"{run.path} holds a LoRA adapter; add --merge-lora to export it merged")
     target = options.output or run.bundle
     _check_target(target, overwrite=options.overwrite)

@@ -1,9 +1,10 @@
-"""Merge a run's LoRA adapter into its base model, and make sure that nothing was lost."""
+"""A run's trained model: its LoRA adapter merged, with a check that nothing was lost, or the
+whole model that it trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cai_scale.errors import GateError, IntegrityError
 from cai_scale.records import read_json
@@ -29,12 +30,15 @@ class Merged:
 
 
 def check_run(run: Run) -> None:
-    """Complain about a run that cannot be merged, before a model is loaded.
+    """Complain about a run that cannot be exported, before a model is loaded.
 
     Raises:
-        CaiError: the adapter is missing or corrupt, or the base model is not the trained one's.
+        CaiError: what it trained is missing or corrupt, or the base model is not the trained one's.
     """
-    check_adapter(run.adapter)
+    if run.model.is_dir():
+        models.check(str(run.model))
+    else:
+        check_adapter(run.adapter)
     model = run.settings()["model"]
     models.check(model)
     if models.weights_sha256(model) != read_json(run.config)["weights"]:
@@ -43,18 +47,18 @@ def check_run(run: Run) -> None:
         )
 
 
-def merged_policy(model: str, adapter: Path | None) -> Merged:
-    """A model in fp32 with an adapter merged into it, if there is one; nothing is compared."""
+def merged_policy(model: str, product: Path | None) -> Merged:
+    """A model in fp32 with what a training made of it, merged; nothing is compared."""
     import torch
 
-    loaded = models.load_model(model, torch.float32).cpu()
-    if adapter is not None:
-        loaded = models.with_adapter(loaded, adapter).merge_and_unload(safe_merge=True).eval()
+    loaded: Any = models.load_trained(model, product, torch.float32).cpu()
+    if product is not None and models.is_adapter(product):
+        loaded = loaded.merge_and_unload(safe_merge=True).eval()
     return Merged(loaded, models.load_tokenizer(model), None)
 
 
 def merge(run: Run, sequences: Sequence[Sequence[int]]) -> Merged:
-    """Load base and adapter in fp32 and merge.
+    """Load base and adapter in fp32 and merge, or load the whole model that was trained.
 
     Args:
         sequences: token ids on which the model must answer as it did with its adapter.
@@ -65,6 +69,8 @@ def merge(run: Run, sequences: Sequence[Sequence[int]]) -> Merged:
     import torch
 
     name = run.settings()["model"]
+    if run.model.is_dir():
+        return merged_policy(name, run.model)
     adapted = models.with_adapter(models.load_model(name, torch.float32).cpu(), run.adapter)
     before = [_logits(adapted, sequence) for sequence in sequences]
     merged = adapted.merge_and_unload(safe_merge=True).eval()

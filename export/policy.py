@@ -19,12 +19,12 @@ def fusible(model: str) -> bool:
 
 def export_policy(
     model: str,
-    adapter: Path | None,
+    product: Path | None,
     folder: Path,
     variants: Sequence[str],
     constitution: Constitution,
 ) -> None:
-    """Export a model, its adapter merged, into a folder that appears when it is complete.
+    """Export a model, or what a training made of it, into a folder that appears when complete.
 
     It has the fused graph alone where there is one, and no parity report: it answers in the run
     that made it and is no bundle for others.
@@ -40,7 +40,7 @@ def export_policy(
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "onnx").mkdir(parents=True)
-    merged = merged_policy(model, adapter)
+    merged = merged_policy(model, product)
     fused = fuse(merged.model)
     fp32 = {"graph": normalise(trace(merged.model))} if fused is None else {"fused": fused}
     written = graphs.write(aside, "fp32", fp32)

@@ -38,7 +38,7 @@ def refused(folder: Path, *command: str) -> str:
         (["--critic", "oracle"], ["'oracle'", "lexicon"]),
         (["--spped", "9"], ["--spped", "--help"]),
         (["--samples", "two"], ["--samples", "'two'"]),
-        (["--samples", "0"], ["--samples", "at least 2"]),
+        (["--samples", "0"], ["--samples", "at least 1"]),
         (["--batch_size", "0"], ["--batch_size", "at least 1"]),
         (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
         (["--prompts", "none.jsonl"], ["none.jsonl", "does not exist"]),

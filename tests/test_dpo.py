@@ -4,59 +4,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from cai_scale.config import Config
 from cai_scale.errors import ConfigError
-from cai_scale.methods import load_method
+from cai_scale.methods import DPO_LOSSES
 from cai_scale.methods.dpo import gap
-from cai_scale.ranks import Ranks
-from cai_scale.records import Candidate, Pair, read_jsonl
-from cai_scale.runs import Run
+from cai_scale.records import Pair, read_jsonl
 from cai_scale.training.fit import newest_checkpoint, whole_batches
-from cai_scale.training.precision import Precision
-from cai_scale.training.task import Task
-
-
-def pairs(count: int = 6) -> list[Pair]:
-    def candidate(text: str, score: float) -> Candidate:
-        return Candidate(text=text, score=score, temperature=0.7, revised=False)
-
-    return [
-        Pair(
-            prompt_id=str(i),
-            language="en",
-            messages=({"role": "user", "content": f"Question {i}?"},),
-            chosen=candidate(f"Yes, {i} is a good number." + " Really." * i, 0.9),
-            rejected=candidate(f"No idea about {i}.", 0.7),
-        )
-        for i in range(count)
-    ]
-
-
-def train(model: Path, folder: Path, rows: list[Pair], **settings: Any) -> list[dict[str, Any]]:
-    config = Config(
-        model=str(model),
-        **{"epochs": 1.0, "batch_size": 2, "learning_rate": 3e-3, "lora_r": 4} | settings,
-    )
-    folder.mkdir()
-    run = Run(folder)
-    load_method("dpo").train(
-        Task(
-            config=config,
-            ranks=Ranks(),
-            precision=Precision("fp32", "test"),
-            ds_config=None,
-            into=run,
-            pairs=rows,
-        )
-    )
-    return [record for _, record in read_jsonl(run.metrics) if "loss" in record]
+from tasks import distance, log_probabilities, pairs, train, weights
 
 
 def test_the_first_loss_is_ln_2_and_the_margin_grows(tmp_path: Path, tiny_model: Path) -> None:
     """Policy and reference agree before the first step, so the loss is -log σ(0)."""
-    logs = train(tiny_model, tmp_path / "run", pairs(), epochs=4.0)
+    logs = train(tiny_model, tmp_path / "run", pairs=pairs(), epochs=4.0)
     assert logs[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
     assert logs[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
     assert logs[-1]["loss"] < 0.6
@@ -75,16 +36,7 @@ def test_the_logged_margin_by_hand(tmp_path: Path, tiny_model: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_model))
 
     def log_probability(model: Any, pair: Pair, text: str) -> float:
-        prompt = tokenizer.apply_chat_template(
-            list(pair.messages), add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        whole = tokenizer.apply_chat_template(
-            [*pair.messages, {"role": "assistant", "content": text}], return_dict=True
-        )["input_ids"]
-        with torch.inference_mode():
-            scores = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
-        places = range(len(prompt), len(whole))
-        return sum(float(scores[i - 1, whole[i]]) for i in places)
+        return float(log_probabilities(model, tokenizer, pair.messages, text).sum())
 
     def margin(adapter: Path) -> float:
         policy = PeftModel.from_pretrained(load_model(str(tiny_model), torch.float32), adapter)
@@ -96,7 +48,7 @@ def test_the_logged_margin_by_hand(tmp_path: Path, tiny_model: Path) -> None:
                     ratios.append(sign * (now - log_probability(policy, pair, text)))
         return 0.1 * sum(ratios) / len(rows)
 
-    logs = train(tiny_model, tmp_path / "run", rows, epochs=8.0)
+    logs = train(tiny_model, tmp_path / "run", pairs=rows, epochs=8.0)
     found = margin(tmp_path / "run" / "adapter")
     # One more step would log this margin; the cosine's last steps barely move it.
     assert logs[-1]["rewards/margins"] == pytest.approx(found, rel=0.05)
@@ -105,19 +57,59 @@ def test_the_logged_margin_by_hand(tmp_path: Path, tiny_model: Path) -> None:
 
 def test_swapped_pairs_push_the_other_way(tmp_path: Path, tiny_model: Path) -> None:
     """A control: with chosen and rejected swapped, another adapter comes out."""
-    from safetensors.torch import load_file
 
     def adapter(name: str, rows: list[Pair]) -> dict[str, Any]:
-        train(tiny_model, tmp_path / name, rows, epochs=2.0)
-        return dict(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+        train(tiny_model, tmp_path / name, pairs=rows, epochs=2.0)
+        return weights(tmp_path / name)
 
     rows = pairs()
     same, again = adapter("a", rows), adapter("b", rows)
     swapped = adapter("c", [replace(p, chosen=p.rejected, rejected=p.chosen) for p in rows])
-    assert all(bool((same[key] == again[key]).all()) for key in same)
-    moved = sum(float((same[k] - swapped[k]).norm() ** 2) for k in same) ** 0.5
-    size = sum(float(v.norm() ** 2) for k, v in same.items() if "lora_B" in k) ** 0.5
-    assert moved > size  # they part ways by more than either has gone
+    assert distance(same, again) == 0
+    size = float(sum((v**2).sum() for k, v in same.items() if "lora_B" in k) ** 0.5)
+    assert distance(same, swapped) > size  # they part ways by more than either has gone
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_margin_loss_by_hand(tmp_path: Path, tiny_model: Path, lora: bool) -> None:
+    """-log σ(Δℓ - m), the mean over pairs, without a reference; m = 0 gives another loss."""
+    import torch
+
+    from cai_scale.training.models import load_model, load_tokenizer
+
+    rows = pairs(2)
+    model, tokenizer = load_model(str(tiny_model), torch.float32), load_tokenizer(str(tiny_model))
+    deltas = np.array(
+        [
+            log_probabilities(model, tokenizer, pair.messages, pair.chosen.text).sum()
+            - log_probabilities(model, tokenizer, pair.messages, pair.rejected.text).sum()
+            for pair in rows
+        ]
+    )
+    settings = {"pairs": rows, "loss": "margin", "lora": lora}
+    with_margin = train(tiny_model, tmp_path / "a", loss_margin=5.0, **settings)
+    without = train(tiny_model, tmp_path / "b", **settings)
+    assert with_margin[0]["loss"] == pytest.approx(np.log1p(np.exp(5.0 - deltas)).mean(), rel=1e-4)
+    assert without[0]["loss"] == pytest.approx(np.log1p(np.exp(-deltas)).mean(), rel=1e-4)
+    assert with_margin[0]["loss"] != pytest.approx(without[0]["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("loss", DPO_LOSSES)
+def test_every_loss_by_name_trains(tmp_path: Path, tiny_model: Path, loss: str) -> None:
+    (step,) = train(tiny_model, tmp_path / "run", pairs=pairs(2), loss=loss)
+    assert np.isfinite(step["loss"])
+    assert step["grad_norm"] > 0
+
+
+def test_the_reference_of_a_later_round_is_the_base_model(tmp_path: Path, tiny_model: Path) -> None:
+    """Continued from another adapter, the first margin is already that adapter's."""
+    rows = pairs()
+    first = train(tiny_model, tmp_path / "a", pairs=rows, epochs=4.0)
+    start = tmp_path / "a" / "adapter"
+    second = train(tiny_model, tmp_path / "b", pairs=rows, batch_size=6, start=start)
+    last = np.mean([step["rewards/margins"] for step in first[-3:]])
+    assert second[0]["rewards/margins"] == pytest.approx(last, rel=0.05)
+    assert second[0]["loss"] < 0.65  # ln 2 where the reference were the start itself
 
 
 def test_rows_that_fill_no_batch_are_left_out_by_their_gap() -> None:
@@ -138,7 +130,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 def test_pairs_whose_prompt_fills_max_length_are_refused(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match="6 pairs fill --max_length 8"):
-        train(tiny_model, tmp_path / "run", pairs(), max_length=8)
+        train(tiny_model, tmp_path / "run", pairs=pairs(), max_length=8)
 
 
 def test_metrics_of_steps_that_are_made_again_are_forgotten(tmp_path: Path) -> None:
@@ -156,6 +148,6 @@ def test_metrics_of_steps_that_are_made_again_are_forgotten(tmp_path: Path) -> N
 
 
 def test_only_the_adapter_is_saved(tmp_path: Path, tiny_model: Path) -> None:
-    train(tiny_model, tmp_path / "run", pairs())
+    train(tiny_model, tmp_path / "run", pairs=pairs())
     names = sorted(path.name for path in (tmp_path / "run" / "adapter").iterdir())
     assert names == ["adapter_config.json", "adapter_model.safetensors"]

@@ -1,6 +1,6 @@
 import pytest
 
-from cai_scale.errors import GateError
+from cai_scale.errors import DataError
 from cai_scale.preferences.audit import audit, require_enough
 from cai_scale.preferences.pairs import build_pairs
 from cai_scale.records import Pair, Prompt, Response, Score
@@ -82,5 +82,5 @@ def test_an_audit_of_nothing_has_no_figures() -> None:
 def test_too_few_pairs_are_refused_with_the_counts() -> None:
     pairs: list[Pair] = []
     figures = {"prompts": 9, "dropped": {"empty_answers": 4}, "unpaired": {"under_margin": 5}}
-    with pytest.raises(GateError, match=r"0 pairs from 9 prompts, under the batch size 8"):
+    with pytest.raises(DataError, match=r"0 pairs from 9 prompts, under the batch size 8"):
         require_enough(pairs, 8, figures)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from cai_scale.errors import GateError
+from cai_scale.errors import DataError
 from cai_scale.records import Candidate, Pair
 
 
@@ -35,10 +35,10 @@ def require_enough(pairs: Sequence[Pair], minimum: int, figures: dict[str, Any])
     """Refuse to train on fewer pairs than one batch.
 
     Raises:
-        GateError: with the counts, and what would give more pairs.
+        DataError: with the counts, and what would give more pairs.
     """
     if len(pairs) < minimum:
-        raise GateError(
+        raise DataError(
             f"{len(pairs)} pairs from {figures['prompts']} prompts, under the batch size "
             f"{minimum}; start again with --overwrite and a lower --margin or --batch_size, more "
             f"--samples, or more prompts (dropped: {figures['dropped']}, unpaired: "
