@@ -1,6 +1,7 @@
 """The sampler of OpenAI-compatible servers: against `cai-scale serve`, and a server by script."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -185,6 +186,20 @@ def test_without_a_key_a_word_stands_in_its_place(monkeypatch: pytest.MonkeyPatc
         answers(sampler_of(fake.url), request("Why?"))
         remote.check(fake.url, "base")
     assert fake.keys == {"Bearer none"}
+
+
+def test_a_job_prints_no_line_for_every_request(caplog: pytest.LogCaptureFixture) -> None:
+    """DeepSpeed and others let all libraries' notes through to stderr."""
+    from cai_scale.training.logs import quiet
+
+    caplog.set_level(logging.INFO)
+    logging.getLogger("httpx2").setLevel(logging.NOTSET)
+    with scripted(echo) as fake:
+        answers(sampler_of(fake.url), request("Why?"))
+        assert len(caplog.records) == 1  # the control
+        quiet()
+        answers(sampler_of(fake.url), request("Why?"))
+    assert len(caplog.records) == 1
 
 
 def test_the_seed_is_the_identity_of_the_request() -> None:
