@@ -19,6 +19,10 @@ class MissingError(CaiError, FileNotFoundError):
     """Something that a command needs does not exist; the message says how to get it."""
 
 
+class ServerError(CaiError, ConnectionError):
+    """A server that a command asks does not answer, or not as it should."""
+
+
 class IntegrityError(CaiError):
     """A file is not the one that was written: a wrong hash, shape or key."""
 

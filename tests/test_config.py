@@ -97,7 +97,8 @@ def test_recipes_are_found_checked_and_hold_differences_only() -> None:
     for name in names:
         values = config.read_recipe(name)
         found = config.from_dict(values, name).to_dict()
-        same = [key for key in values if found[key] == default[key]]
+        # The method may be named though it is the default: that is the recipe's title.
+        same = [key for key in values if key != "method" and found[key] == default[key]]
         assert same == [], f"{name} repeats the defaults of {same}"
 
 

@@ -13,7 +13,7 @@ ALLOWED = {
     "constitution": set(),
     "critics": set(),
     "prompts": set(),
-    "rollout": {"critics", "runtime"},
+    "rollout": {"critics", "runtime", "commands"},
     "preferences": set(),
     # A task brings a critic and samplers along; methods that sample while they train use them.
     "training": {"critics", "rollout"},

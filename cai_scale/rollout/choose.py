@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from cai_scale.errors import MissingError
+from cai_scale.commands import require
 
 NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime_genai")
+GATHERS = "under ZeRO-3 generate gathers the weights at every token, --sampler openai need not"
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,24 @@ def choose(name: str, *, gpu: bool, fusible: Callable[[], bool], stage: int = 0)
         gpu: whether the model runs on a GPU.
         fusible: whether the model's architecture has a fused graph, which makes onnx the faster
             one on a CPU; asked only where that decides.
+        stage: of ZeRO, from 0 to 3.
 
     Raises:
-        MissingError: an exported graph was asked for and cannot be made here.
+        MissingError: an exported graph, or a server, was asked for and a library for it is not
+            installed.
     """
+    choice = _settle(name, gpu=gpu, fusible=fusible)
+    if choice.name == "transformers" and stage == 3:
+        return Choice(choice.name, f"{choice.reason}; {GATHERS}")
+    return choice
+
+
+def _settle(name: str, *, gpu: bool, fusible: Callable[[], bool]) -> Choice:
     missing = next((library for library in NEEDED if find_spec(library) is None), None)
-    if name.startswith("onnx") and missing:
-        raise MissingError(
-            f"--sampler {name} needs {missing}, which is not installed; "
-            f"pip install 'cai-scale[export]'"
-        )
+    if name.startswith("onnx"):
+        require(f"--sampler {name}", "export", *NEEDED)
+    if name == "openai":
+        require("--sampler openai", "train", "openai")
     if name != "auto":
         return Choice(name, "as asked")
     if gpu:

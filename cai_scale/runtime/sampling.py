@@ -52,12 +52,17 @@ class Decoding:
                 raise ConfigError(f"{name}: {value!r} is out of range; see --help")
 
 
+def identity(seed: int, prompt_id: str, sample: int, *, round: int = 0) -> bytes:
+    """32 bytes that stand for one answer, as if drawn at random."""
+    parts = f"{seed}\0{round}\0{prompt_id}\0{sample}"
+    return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).digest()
+
+
 def uniforms(
     seed: int, prompt_id: str, sample: int, count: int, *, round: int = 0
 ) -> NDArray[np.float64]:
     """`count` numbers in [0, 1) for one answer, from a counter-based generator (Philox)."""
-    identity = f"{seed}\0{round}\0{prompt_id}\0{sample}".encode("utf-8", "surrogatepass")
-    key = np.frombuffer(hashlib.sha256(identity).digest()[:16], dtype=np.uint64)
+    key = np.frombuffer(identity(seed, prompt_id, sample, round=round)[:16], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).random(count)
 
 

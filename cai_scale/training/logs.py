@@ -19,6 +19,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    training = ("deepspeed", "DeepSpeed", "trl", "accelerate", "torch")
+    training = ("deepspeed", "DeepSpeed", "trl", "accelerate", "torch", "httpx2")
     for name in (*training, "onnxruntime", "onnx_ir", "onnxscript", "neural_compressor"):
         logging.getLogger(name).setLevel(logging.ERROR)
