@@ -106,7 +106,9 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     sampler = choose(config.sampler, **how)
     local = choose("auto", **how) if sampler.name == "openai" else sampler
     if sampler.name == "openai":
-        remote.check(str(config.sampler_url), config.sampler_model or config.model)
+        later = config.rounds > 1 or config.start is not None or not config.collects
+        name = config.sampler_model or config.model
+        remote.check(str(config.sampler_url), name, adapters=later)
 
     quiet()
     longest = max(config.max_new_tokens, protocol.DECODING.max_new_tokens)

@@ -159,6 +159,8 @@ def _answering(job: Job, product: Path | None) -> Iterator["Answering"]:
     def policy() -> Policy:
         return _policy(job, product, folder)
 
+    remotes: list[RemoteSampler] = []
+
     def sampler(decoding: Any) -> Sampler:
         settings: dict[str, Any] = {
             name: getattr(decoding, name) for name in ("max_new_tokens", "top_p", "top_k")
@@ -167,9 +169,12 @@ def _answering(job: Job, product: Path | None) -> Iterator["Answering"]:
         if job.sampler.name == "openai" and decoding is config:
             name = config.sampler_model or config.model
             assert config.sampler_url is not None
-            return RemoteSampler(
-                config.sampler_url, name, tokenizer, rows=rows, adapter=product, **settings
+            remotes.append(
+                RemoteSampler(
+                    config.sampler_url, name, tokenizer, rows=rows, adapter=product, **settings
+                )
             )
+            return remotes[-1]
         if job.local.name == "transformers":
             return TransformersSampler(model, tokenizer, **settings)
         return OnnxSampler(policy, tokenizer, rows=rows, **settings)
@@ -179,6 +184,8 @@ def _answering(job: Job, product: Path | None) -> Iterator["Answering"]:
     finally:
         if job.ranks.main:  # it leaves last: every product has the answers of all ranks
             job.run.remove_policies()
+            for remote in remotes:
+                remote.close()
         gc.collect()
 
 

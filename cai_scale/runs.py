@@ -284,6 +284,8 @@ def _same(run: Run, record: Mapping[str, Any]) -> None:
     """A run continues only with what it was started with; where it ran may differ."""
     before = run.record
     now = json.loads(json.dumps(record))
+    for part in (before, now):  # a server may have moved
+        part["settings"].pop("sampler_url", None)
     parts = ["settings", "constitution", "weights", "prompts", "precision", "sampler", "ds_config"]
     parts += ["critic", "start"]
     if any(run.path.rglob("checkpoint-*")) and run.product is None:
