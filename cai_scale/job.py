@@ -97,14 +97,14 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     if output is not None:
         check_output(output, overwrite=overwrite)
     chosen = precision.choose(config.precision)
-    stage = (ds_config or {}).get("zero_optimization", {}).get("stage", 0)
-    how = {
+    here: dict[str, Any] = {
         "gpu": models.device().type != "cpu",
         "fusible": lambda: _fusible(config.model),
-        "stage": stage,
     }
-    sampler = choose(config.sampler, **how)
-    local = choose("auto", **how) if sampler.name == "openai" else sampler
+    zero = 0 if ds_config is None else ds_config["zero_optimization"]["stage"]
+    sampler = choose(config.sampler, live=not config.collects, stage=zero, **here)
+    at_hand = config.collects and sampler.name != "openai"
+    local = sampler if at_hand else choose("auto", **here)
     if sampler.name == "openai":
         later = config.rounds > 1 or config.start is not None or not config.collects
         name = config.sampler_model or config.model

@@ -545,11 +545,11 @@ def test_choosing_a_sampler() -> None:
 
     assert choose("openai", gpu=True, fusible=never, stage=3).reason == "as asked"
     for asked, gpu in (("auto", True), ("transformers", False)):
-        gathers = choose(asked, gpu=gpu, fusible=never, stage=3)
+        gathers = choose(asked, gpu=gpu, fusible=never, live=True, stage=3)
         assert gathers.name == "transformers"
         assert "generate gathers the weights at every token" in gathers.reason
-        assert "gathers" not in choose(asked, gpu=gpu, fusible=never, stage=2).reason
-    assert "gathers" not in choose("onnx", gpu=False, fusible=never, stage=3).reason
+        assert "gathers" not in choose(asked, gpu=gpu, fusible=never, live=True, stage=2).reason
+    assert "gathers" not in choose("onnx", gpu=False, fusible=never, live=True, stage=3).reason
 
 
 def test_greedy_answers_are_those_of_the_onnx_sampler(tiny_model: Path, tmp_path: Path) -> None:
