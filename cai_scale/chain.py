@@ -6,12 +6,13 @@ fit is found only by a hash kept elsewhere: the chain's own, which the training 
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cai_scale.errors import DataError
+from cai_scale.config import Config, from_dict
+from cai_scale.errors import CaiError, DataError
 from cai_scale.records import json_text, read_json, replacing, sha256, write_json
 from cai_scale.runs import Run
 
@@ -28,24 +29,60 @@ class Stage:
 
 def stages(run: Run) -> dict[str, Stage]:
     """All stages of a run by name, in their order."""
-    one = run.round(1)
+    config = _config(run)
     train, heldout = run.prompts("train"), run.prompts("heldout")
     before, after = run.evaluation("before"), run.evaluation("after")
     settings = (run.config, run.constitution)
-    revisions = one.all_revisions()
-    return {
-        "start": Stage((), (*settings, train, heldout)),
-        "evaluate before": Stage((run.config, heldout), (before,)),
-        "rollout": Stage((run.config, train), (one.rollouts,)),
-        "revise": Stage((*settings, train, one.rollouts), revisions),
-        "pair": Stage((*settings, train, one.rollouts, *revisions), (one.pairs, one.audit)),
-        "train": Stage((run.config, one.pairs), (run.adapter, run.metrics, run.checkpoints)),
-        "evaluate after": Stage((run.config, heldout, run.adapter), (after,)),
-        "summary": Stage(
-            (*settings, heldout, before, after, one.audit, run.metrics),
-            (run.times, run.report, run.summary),
-        ),
-    }
+    found = {"start": Stage((), (*settings, train, heldout))}
+    if config.method != "reward":
+        found["evaluate before"] = Stage((run.config, heldout), (before,))
+    policy: tuple[Path, ...] = ()
+    for number in range(1, run.rounds + 1):
+        files, into = run.round(number), run.trained(number)
+        data: tuple[Path, ...] = ()
+        if config.collects:
+            products = (files.rollouts, *files.all_revisions())
+            first, *others = (f for product in products for f in (product, files.scores(product)))
+            found |= {
+                of_round("rollout", number): Stage((run.config, train, *policy), (first,)),
+                of_round("revise", number): Stage(
+                    (*settings, train, first, *policy), tuple(others)
+                ),
+                of_round("pair", number): Stage(
+                    (*settings, train, first, *others), (files.pairs, files.audit)
+                ),
+            }
+            data = (first, *others, files.pairs)
+        product = (into.adapter, into.model)
+        found[of_round("train", number)] = Stage(
+            (*settings, train, *data, *policy),
+            (*product, into.head, into.metrics, into.checkpoints),
+        )
+        policy = product
+    if config.method == "reward":
+        rewards = run.evaluation("rewards")
+        evaluated = (rewards, run.round(1).scores(rewards), run.evaluation("predicted"))
+        found["evaluate"] = Stage((*settings, heldout, *policy), evaluated)
+    else:
+        found["evaluate after"] = Stage((run.config, heldout, *policy), (after,))
+        evaluated = (before, after)
+    found["summary"] = Stage(
+        (*settings, heldout, *evaluated, run.round(run.rounds).audit, run.metrics),
+        (run.times, run.report, run.summary),
+    )
+    return found
+
+
+def _config(run: Run) -> Config:
+    """The run's settings; the defaults where they cannot be read, which `verify` reports."""
+    with suppress(CaiError):
+        return from_dict(run.settings(), str(run.config))
+    return Config()
+
+
+def of_round(stage: str, number: int) -> str:
+    """The name of a stage in a round; those of the first have no number."""
+    return stage if number == 1 else f"{stage} {number}"
 
 
 def digests(run: Run, paths: Iterable[Path]) -> dict[str, str]:
@@ -85,9 +122,12 @@ def _is_record(value: object) -> bool:
 
 def removed(run: Run, wrote: Iterable[str]) -> set[str]:
     """Checkpoints, where their folder is gone: they are working state that may be removed."""
-    if run.checkpoints.is_dir():
-        return set()
-    return {name for name in wrote if name.startswith(f"{run.name_of(run.checkpoints)}/")}
+    return {
+        name
+        for name in wrote
+        if "checkpoints/" in name
+        and not (run.path / name[: name.index("checkpoints/")] / "checkpoints").is_dir()
+    }
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from cai_scale import critics, methods, rollout
+from cai_scale import methods, rollout
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.prompts import HELDOUT, TRAIN
 from cai_scale.training import precision
@@ -90,8 +90,8 @@ class Config:
         "training", None, "train this many steps a round, whatever --epochs says", least=1
     )
     batch_size: int = setting(
-        "training", 8, "pairs per step, over all ranks; answers with sft, reward and rlaif, prompts "
-        "with grpo", least=1,
+        "training", 8, "pairs per step, over all ranks; answers with sft, reward and rlaif, "
+        "prompts with grpo", least=1,
     )  # fmt: skip
     micro_batch_size: int = setting("training", 4, "of these, at once on a rank", least=1)
     learning_rate: float = setting("training", 2e-4, "peak learning rate", least=0)
@@ -124,7 +124,7 @@ class Config:
         "pairs", ("regression", "bradley-terry"),
     )  # fmt: skip
     reward_outputs: str = setting(
-        "methods", "overall", "reward: one score, or with regression one for each of the principles",
+        "methods", "overall", "reward: one score, or with regression one for each principle",
         ("overall", "principles"),
     )  # fmt: skip
     reward_weight: float = setting(
@@ -210,6 +210,11 @@ class Config:
     def compares(self) -> bool:
         """Whether the method needs several answers to a prompt: as a pair, or as a group."""
         return self.method in ("dpo", "grpo") or self.pairwise
+
+    @property
+    def collects(self) -> bool:
+        """Whether a round samples its answers before it trains; otherwise each step does."""
+        return self.method != "grpo" and (self.method, self.refresh) != ("rlaif", "step")
 
     @property
     def pairwise(self) -> bool:

@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cai_scale import chain, ranks
+from cai_scale import chain, critics, ranks
 from cai_scale import prompts as prompt_files
 from cai_scale.config import Config, read_ds_config
 from cai_scale.constitution import Constitution
 from cai_scale.constitution import load as load_constitution
-from cai_scale.critics import Critic, load_critic
+from cai_scale.critics import Critic
+from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.evaluation import protocol
-from cai_scale.records import Prompt, write_json, write_jsonl
+from cai_scale.records import Prompt, sha256, write_json, write_jsonl
+from cai_scale.rollout import remote
 from cai_scale.rollout.choose import Choice, choose
-from cai_scale.runs import ROOT, Run, check_output, open_run, versions
-from cai_scale.training import models, precision
+from cai_scale.runs import ROOT, Run, check_output, finished, open_run, versions
+from cai_scale.training import models, precision, quantised
 from cai_scale.training.batches import plan_batch
 from cai_scale.training.logs import quiet
 
@@ -40,8 +42,11 @@ class Job:
     ranks: ranks.Ranks
     precision: precision.Precision
     sampler: Choice
+    local: Choice  # what answers the held-out prompts: the sampler, or another than a server
     constitution: Constitution
     critic: Critic
+    evaluator: Critic  # scores the held-out answers, whatever the critic is
+    start: Path | None  # the adapter or model that the first round continues from
     prompts: Sequence[Prompt]
     heldout: Sequence[Prompt]
     ds_config: dict[str, Any] | None
@@ -72,7 +77,7 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     """
     peers = ranks.from_environment()
     constitution = load_constitution(config.constitution)
-    critic = load_critic(config.critic, constitution)
+    critics.check(config.critic, constitution, config.model)
     ds_config = None if config.ds_config is None else read_ds_config(config.ds_config)
     if ds_config is not None:
         _require_deepspeed()
@@ -84,14 +89,22 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
             f"--batch_size {config.batch_size} with {len(prompts)} prompts: a prompt gives one "
             f"pair at most; lower it, or bring more prompts"
         )
+    if config.qlora:
+        quantised.check()
+    origin = None if config.start is None else _origin(Path(config.start), config)
     if output is not None:
         check_output(output, overwrite=overwrite)
     chosen = precision.choose(config.precision)
-    sampler = choose(
-        config.sampler,
-        gpu=models.device().type != "cpu",
-        fusible=lambda: _fusible(config.model),
-    )
+    stage = (ds_config or {}).get("zero_optimization", {}).get("stage", 0)
+    how = {
+        "gpu": models.device().type != "cpu",
+        "fusible": lambda: _fusible(config.model),
+        "stage": stage,
+    }
+    sampler = choose(config.sampler, **how)
+    local = choose("auto", **how) if sampler.name == "openai" else sampler
+    if sampler.name == "openai":
+        remote.check(str(config.sampler_url), config.sampler_model or config.model)
 
     quiet()
     longest = max(config.max_new_tokens, protocol.DECODING.max_new_tokens)
@@ -99,6 +112,8 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     record: dict[str, Any] = {}
     if peers.main:  # hashing, and perhaps a download: before the ranks meet
         record = _record(config, peers, chosen, sampler, constitution, ds_config, prompts, heldout)
+        record["critic"] = critics.identity(config.critic)
+        record["start"] = {} if origin is None else _hashes(origin)
     ranks.join(peers, deepspeed=ds_config is not None)
     if peers.main:
         default = ROOT / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}"
@@ -115,8 +130,11 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
         ranks=peers,
         precision=chosen,
         sampler=sampler,
+        local=local,
         constitution=constitution,
-        critic=critic,
+        critic=critics.load_critic(config.critic, constitution),
+        evaluator=LexiconCritic(constitution),
+        start=origin,
         prompts=prompts,
         heldout=heldout,
         ds_config=ds_config,
@@ -138,6 +156,31 @@ def _keep(run: Run, constitution: Constitution, asked: Mapping[str, Sequence[Pro
     for kind, prompts in asked.items():
         if not run.prompts(kind).is_file():
             write_jsonl(run.prompts(kind), prompts)
+
+
+def _origin(path: Path, config: Config) -> Path:
+    """What a finished run trained, for another training to continue from.
+
+    Raises:
+        CaiError: the run is not finished, or is of another model or kind.
+    """
+    run = finished(path)
+    model, product = run.settings()["model"], run.product
+    if model != config.model or run.settings()["method"] == "reward":
+        raise ConfigError(
+            f"--start {path}: a run of {run.settings()['method']} on {model}; name one that "
+            f"trained {config.model} to answer"
+        )
+    if product is None or models.is_adapter(product) != config.lora:
+        raise ConfigError(
+            f"--start {path}: what it trained is not {'an adapter' if config.lora else 'a model'}; "
+            f"give --{'no-' if config.lora else ''}lora as that run did"
+        )
+    return product
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def _record(

@@ -8,128 +8,171 @@ from pathlib import Path
 from typing import Any
 
 from cai_scale import chain, ranks, results
+from cai_scale.chain import of_round
 from cai_scale.errors import MissingError
 from cai_scale.evaluation import protocol
 from cai_scale.job import Job
 from cai_scale.methods import load_method
 from cai_scale.preferences.audit import require_enough
 from cai_scale.preferences.pairs import read_pairs
-from cai_scale.records import Response, read_json, write_json, write_jsonl
+from cai_scale.records import Answer, Pair, Response, read_json, write_json, write_jsonl
 from cai_scale.rollout.onnx import OnnxSampler
+from cai_scale.rollout.remote import RemoteSampler
 from cai_scale.rollout.sampler import Sampler, TransformersSampler
 from cai_scale.runtime.bundle import open_bundle
 from cai_scale.runtime.generate import Policy
 from cai_scale.training import models
+from cai_scale.training.task import Task
 
 STAGES = ("collect", "train", "evaluate")
 
 
 def execute(job: Job, until: str = STAGES[-1]) -> None:
     """Run the stages in order, up to and including `until`; what exists already is kept."""
-    stages = {"collect": collect_pairs, "train": train, "evaluate": evaluate}
-    for name in STAGES[: STAGES.index(until) + 1]:
-        stages[name](job)
+    for number in range(1, job.config.rounds + 1):
+        answers, pairs = collect(job, number)
+        if until == "collect":
+            return
+        train(job, number, answers, pairs)
+    if until == "evaluate":
+        evaluate(job)
 
 
-def collect_pairs(job: Job) -> None:
-    """Answer the held-out prompts as they are before; sample, revise, score; build pairs."""
-    files = job.run.round(1)
-    if not files.pairs.exists():
-        with _answering(job, "before", None) as answering:
-            with job.stage("evaluate before"):
-                _answer_heldout(job, "before", answering(protocol.DECODING))
-            sampler = answering(job.config)
-            with job.stage("rollout"):
-                responses = results.rollouts(job.config, job.prompts, files, sampler, job.ranks)
-            with job.stage("revise"):
-                responses = results.revisions(
-                    job.config,
-                    job.constitution,
-                    job.critic,
-                    job.prompts,
-                    responses,
-                    files,
-                    sampler,
-                    job.ranks,
-                )
-        with job.stage("pair"):
-            if job.ranks.main:
-                pairs, figures = results.pairs(job.config, job.critic, job.prompts, responses)
-                write_json(files.audit, figures)
-                write_jsonl(files.pairs, pairs)
-            ranks.wait_for(files.pairs)
+def collect(job: Job, number: int) -> tuple[list[Answer], list[Pair]]:
+    """Sample from the policy as it is, revise, score and pair, if the method begins with that.
+
+    The first round also answers the held-out prompts as they are before.
+    """
+    config, files, start = job.config, job.run.round(number), _start(job, number)
+    with _answering(job, start) as answering:
+        if number == 1 and start is None and config.method != "reward":
+            _answer_heldout(job, "before", answering)
+        if not config.collects:
+            return [], []
+        sampler = answering(config)
+        with job.stage(of_round("rollout", number)):
+            responses = results.rollouts(
+                config, job.prompts, files, sampler, job.ranks, round=number
+            )
+        with job.stage(of_round("revise", number)):
+            responses, scores = results.answers(
+                config,
+                job.constitution,
+                job.critic,
+                job.prompts,
+                responses,
+                files,
+                sampler,
+                job.ranks,
+            )
+    with job.stage(of_round("pair", number)):
+        if job.ranks.main and not files.pairs.exists():
+            pairs, figures = results.pairs(config, job.prompts, responses, scores)
+            write_json(files.audit, figures)
+            write_jsonl(files.pairs, pairs)
+        ranks.wait_for(files.pairs)
     pairs = read_pairs(files.pairs)
     job.say(f"{len(pairs)} pairs from {len(job.prompts)} prompts: {files.pairs}")
+    return results.scored(job.prompts, responses, scores), pairs
 
 
-def train(job: Job) -> None:
-    """Train an adapter on the pairs."""
-    if job.run.adapter.is_dir():
+def train(job: Job, number: int, answers: list[Answer], pairs: list[Pair]) -> None:
+    """Train one round's adapter or model on its data, from where the round before ended."""
+    config, into = job.config, job.run.trained(number)
+    if into.product is not None:
         return
-    files = job.run.round(1)
-    pairs = read_pairs(files.pairs)
-    require_enough(pairs, job.config.batch_size, read_json(files.audit))
-    with job.stage("train"):
-        load_method(job.config.method).train(
-            job.config,
-            pairs,
-            job.run,
-            ranks=job.ranks,
-            precision=job.precision,
-            ds_config=job.ds_config,
+    if config.pairwise:
+        require_enough(pairs, config.batch_size, read_json(job.run.round(number).audit))
+    with job.stage(of_round("train", number)):
+        load_method(config.method).train(
+            Task(
+                config=config,
+                ranks=job.ranks,
+                precision=job.precision,
+                ds_config=job.ds_config,
+                into=into,
+                start=_start(job, number),
+                round=number,
+                prompts=job.prompts,
+                answers=answers,
+                pairs=pairs,
+                constitution=job.constitution,
+                critic=job.critic,
+                sampler=functools.partial(_policy_sampler, job),
+            )
         )
-        ranks.wait_for(job.run.adapter)
+        ranks.wait_for(into.adapter, into.model)
     gc.collect()
 
 
 def evaluate(job: Job) -> None:
-    """Answer the held-out prompts again with the adapter; compare; write report and summary."""
+    """Answer the held-out prompts again with what was trained; compare; report; summarise."""
     from cai_scale.evaluation.report import write_report
     from cai_scale.evaluation.table import print_summary
 
-    if not job.run.adapter.is_dir():
+    product = job.run.product
+    if product is None:
         raise MissingError(
-            f"{job.run.path} has no adapter to evaluate; train it with 'cai-scale train'"
+            f"{job.run.path} has trained nothing to evaluate; do that with 'cai-scale train'"
         )
-    with job.stage("evaluate before"), _answering(job, "before", None) as answering:
-        before = _answer_heldout(job, "before", answering(protocol.DECODING))
-    with job.stage("evaluate after"), _answering(job, "after", job.run.adapter) as answering:
-        after = _answer_heldout(job, "after", answering(protocol.DECODING))
+    with _answering(job, None) as answering:
+        before = _answer_heldout(job, "before", answering)
+    with _answering(job, product) as answering:
+        after = _answer_heldout(job, "after", answering)
     if job.ranks.main:
-        answered = results.answered(job.critic, job.heldout, before, after)
+        answered = results.answered(job.evaluator, job.heldout, before, after)
         seconds = read_json(job.run.times)
-        summary = results.summary(job.config, job.constitution, job.critic, answered, seconds)
+        summary = results.summary(job.config, job.constitution, job.evaluator, answered, seconds)
         write_report(job.run, summary, answered, job.constitution)
         digest = chain.finish(job.run, summary)
         print_summary(summary, job.constitution)
         print(f"report: {job.run.report}\nchain sha256: {digest}")
 
 
+def _start(job: Job, number: int) -> Path | None:
+    """What a round samples from and trains on: the round before, or --start, or nothing."""
+    return job.start if number == 1 else job.run.trained(number - 1).product
+
+
+def _answer_heldout(job: Job, when: str, answering: "Answering") -> list[Response]:
+    """The answers to the held-out prompts, by the frozen protocol."""
+    with job.stage(f"evaluate {when}"):
+        sampler = answering(protocol.DECODING)
+        return results.heldout(job.heldout, job.run, when, sampler, job.ranks)
+
+
 @contextmanager
-def _answering(job: Job, when: str, adapter: Path | None) -> Iterator[Callable[[Any], Sampler]]:
-    """What makes the job's samplers, by their decoding, of the model with or without adapter.
+def _answering(job: Job, product: Path | None) -> Iterator["Answering"]:
+    """What makes samplers, by their decoding, of the base model or of what was trained from it.
 
     They share one model, or one exported graph, which is loaded when the first answer is sampled.
+    A server answers only what is trained on: what is evaluated comes from the files at hand.
     """
-    tokenizer = models.load_tokenizer(job.config.model)
-    folder = job.run.policy(when)
+    config = job.config
+    tokenizer = models.load_tokenizer(config.model)
+    folder = job.run.policy(product.name.lstrip(".") if product else "base")
 
     @functools.cache
     def model() -> Any:
-        loaded = models.load_model(job.config.model, job.precision.dtype)
-        return models.with_adapter(loaded, adapter) if adapter else loaded
+        return models.load_trained(config.model, product, job.precision.dtype)
 
     @functools.cache
     def policy() -> Policy:
-        return _policy(job, adapter, folder)
+        return _policy(job, product, folder)
 
     def sampler(decoding: Any) -> Sampler:
         settings: dict[str, Any] = {
             name: getattr(decoding, name) for name in ("max_new_tokens", "top_p", "top_k")
         }
-        if job.sampler.name == "transformers":
+        rows = config.rollout_batch_size
+        if job.sampler.name == "openai" and decoding is config:
+            name = config.sampler_model or config.model
+            assert config.sampler_url is not None
+            return RemoteSampler(
+                config.sampler_url, name, tokenizer, rows=rows, adapter=product, **settings
+            )
+        if job.local.name == "transformers":
             return TransformersSampler(model, tokenizer, **settings)
-        rows = job.config.rollout_batch_size
         return OnnxSampler(policy, tokenizer, rows=rows, **settings)
 
     try:
@@ -137,22 +180,28 @@ def _answering(job: Job, when: str, adapter: Path | None) -> Iterator[Callable[[
     finally:
         if job.ranks.main:  # it leaves last: every product has the answers of all ranks
             job.run.remove_policies()
-    gc.collect()
+        gc.collect()
 
 
-def _policy(job: Job, adapter: Path | None, folder: Path) -> Policy:
+@contextmanager
+def _policy_sampler(job: Job, product: Path | None) -> Iterator[Sampler]:
+    """A sampler of what a training has come to, for methods that sample while they train."""
+    with _answering(job, product) as answering:
+        yield answering(job.config)
+
+
+def _policy(job: Job, product: Path | None, folder: Path) -> Policy:
     """The graph that the first rank to need one exports, on this rank's share of the cores."""
     from cai_export.policy import export_policy
 
-    variant = "q8" if job.sampler.name == "onnx-q8" else "fp32"
+    variant = "q8" if job.local.name == "onnx-q8" else "fp32"
     try:
         folder.with_suffix(".taken").mkdir()
     except FileExistsError:
         ranks.wait_for(folder)
     else:
-        export_policy(job.config.model, adapter, folder, (variant,), job.constitution)
+        export_policy(job.config.model, product, folder, (variant,), job.constitution)
     return Policy(open_bundle(folder), threads=ranks.threads(job.ranks))
 
 
-def _answer_heldout(job: Job, when: str, sampler: Sampler) -> list[Response]:
-    return results.heldout(job.heldout, job.run, when, sampler, job.ranks)
+Answering = Callable[[Any], Sampler]

@@ -116,7 +116,7 @@ def agree(ranks: Ranks, value: Any) -> Any:
     return values[0]
 
 
-def wait_for(product: Path) -> None:
-    """Wait until another rank has made a file or folder, which appears by a rename."""
-    while not product.exists():
+def wait_for(*products: Path) -> None:
+    """Wait until another rank has made one of these files or folders, by a rename."""
+    while not any(product.exists() for product in products):
         time.sleep(POLL_SECONDS)

@@ -69,7 +69,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A prompt, an answer to it, and what the critic made of that."""
+    """A prompt, an answer to it, and the critic's score of that."""
 
     prompt: Prompt
     response: Response

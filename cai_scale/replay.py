@@ -2,17 +2,19 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from cai_scale import config as settings
 from cai_scale import constitution, results
 from cai_scale import prompts as prompt_files
+from cai_scale.chain import of_round, stages
 from cai_scale.constitution import Constitution
-from cai_scale.critics import Critic, load_critic
+from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import CaiError, GateError
 from cai_scale.preferences.pairs import read_pairs
 from cai_scale.ranks import Ranks
-from cai_scale.records import Completion, Prompt, Response, read_json
+from cai_scale.records import Completion, Prompt, Response, Score, read_json, read_records
 from cai_scale.rollout.sampler import Request
 from cai_scale.runs import Run
 
@@ -29,16 +31,22 @@ class Replay:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.files = run, run.round(1)
-        self.checks: dict[str, Callable[[], str]] = {
-            "start": self.start,
-            "evaluate before": functools.partial(self.evaluation, "before"),
-            "rollout": lambda: f"{len(self.rollouts)} answers, as they were asked for",
-            "revise": self.revise,
-            "pair": self.pair,
-            "evaluate after": functools.partial(self.evaluation, "after"),
-            "summary": self.summary,
-        }
+        self.run = run
+
+    @property
+    def checks(self) -> dict[str, Callable[[], str]]:
+        """The checks of the stages that this run has."""
+        by_stage = {"start": self.start, "evaluate": self.rewards, "summary": self.summary}
+        for when in ("before", "after"):
+            by_stage[f"evaluate {when}"] = functools.partial(self.evaluation, when)
+        for number in range(1, self.run.rounds + 1):
+            for name, check in (
+                ("rollout", self.rollout),
+                ("revise", self.revise),
+                ("pair", self.pair),
+            ):
+                by_stage[of_round(name, number)] = functools.partial(check, number)
+        return {name: check for name, check in by_stage.items() if name in stages(self.run)}
 
     @functools.cached_property
     def config(self) -> settings.Config:
@@ -49,8 +57,8 @@ class Replay:
         return constitution.from_dict(read_json(self.run.constitution), "constitution.json")
 
     @functools.cached_property
-    def critic(self) -> Critic:
-        return load_critic(self.config.critic, self.constitution)
+    def evaluator(self) -> LexiconCritic:
+        return LexiconCritic(self.constitution)
 
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
@@ -60,22 +68,24 @@ class Replay:
     def heldout(self) -> list[Prompt]:
         return prompt_files.load(str(self.run.prompts("heldout")))
 
-    @functools.cached_property
-    def rollouts(self) -> list[Response]:
-        _require(self.files.rollouts)
-        return results.rollouts(self.config, self.prompts, self.files, _Stored(), Ranks())
+    def rollouts(self, number: int) -> list[Response]:
+        files = self.run.round(number)
+        _require(files.rollouts)
+        return results.rollouts(self.config, self.prompts, files, _Stored(), Ranks(), round=number)
 
-    @functools.cached_property
-    def revised(self) -> list[Response]:
-        for attempt in range(1, self.config.revisions + 1):
-            _require(self.files.revisions(attempt))
-        return results.revisions(
+    def revised(self, number: int) -> tuple[list[Response], list[Score | None]]:
+        files = self.run.round(number)
+        products = [files.revisions(n) for n in range(1, self.config.revisions + 1)]
+        for product in (files.rollouts, *products):
+            _require(product)
+            _require(files.scores(product))
+        return results.answers(
             self.config,
             self.constitution,
-            self.critic,
+            _Stored(),
             self.prompts,
-            self.rollouts,
-            self.files,
+            self.rollouts(number),
+            files,
             _Stored(),
             Ranks(),
         )
@@ -101,13 +111,20 @@ class Replay:
     def evaluation(self, when: str) -> str:
         return f"{len(self.answers(when))} answers, as they were asked for"
 
-    def revise(self) -> str:
-        kept = sum(response.revised for response in self.revised)
-        return f"asked for by the rules, and {kept} better than their samples"
+    def rollout(self, number: int) -> str:
+        return f"{len(self.rollouts(number))} answers, as they were asked for"
 
-    def pair(self) -> str:
-        pairs, figures = results.pairs(self.config, self.critic, self.prompts, self.revised)
-        stored = read_pairs(self.files.pairs)
+    def revise(self, number: int) -> str:
+        responses, _ = self.revised(number)
+        kept = sum(response.revised for response in responses)
+        files = self.run.round(number)
+        scored = [self._scored_again(f) for f in (files.rollouts, *files.all_revisions())]
+        return f"asked for by the rules, {kept} better than their samples; {scored[0]}"
+
+    def pair(self, number: int) -> str:
+        files = self.run.round(number)
+        pairs, figures = results.pairs(self.config, self.prompts, *self.revised(number))
+        stored = read_pairs(files.pairs)
         if [p.prompt_id for p in pairs] != [p.prompt_id for p in stored]:
             raise GateError(
                 f"pairs.jsonl has {len(stored)} pairs, and the stored answers give {len(pairs)} of "
@@ -118,24 +135,47 @@ class Replay:
                 raise GateError(
                     f"the pair of prompt {pair.prompt_id} is not what the stored answers give"
                 )
-        _same(read_json(self.files.audit), figures, "audit.json")
+        _same(read_json(files.audit), figures, "audit.json")
         return f"{len(pairs)} pairs and their audit, rebuilt from the answers"
+
+    def rewards(self) -> str:
+        raise NotImplementedError
 
     def summary(self) -> str:
         answered = results.answered(
-            self.critic, self.heldout, self.answers("before"), self.answers("after")
+            self.evaluator, self.heldout, self.answers("before"), self.answers("after")
         )
         seconds = read_json(self.run.times)
-        again = results.summary(self.config, self.constitution, self.critic, answered, seconds)
+        again = results.summary(self.config, self.constitution, self.evaluator, answered, seconds)
         _same(read_json(self.run.summary), again, "summary.json")
         return f"answers to {again['n']} prompts scored again, table and interval recomputed"
 
+    def _scored_again(self, product: Path) -> str:
+        """The stored scores of stored answers are what the lexicon gives; it alone is at hand."""
+        if self.config.critic != "lexicon":
+            return f"scores as {self.config.critic} gave them"
+        text = {prompt.id: prompt.text for prompt in self.prompts}
+        responses = read_records(product, lambda record: Response(**record))
+        again = self.evaluator.score(
+            [text[r.prompt_id] for r in responses], [r.text for r in responses]
+        )
+        file = self.run.round(1).scores(product)
+        stored = read_records(file, lambda row: row["score"])
+        for score, other, response in zip(again, stored, responses, strict=True):
+            _same(other, score and asdict(score), f"{file.name}: {response.prompt_id}")
+        return "scored again"
+
 
 class _Stored:
-    """Stands where a sampler does when every answer is there already."""
+    """Stands where a sampler or a critic does when every answer has its score already."""
+
+    name = "stored"
 
     def prompt_tokens(self, request: Request) -> int:
         raise GateError(f"the answer to {request.prompt_id} is not stored")
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
+        raise GateError("the score of an answer is not stored")
 
     def sample(self, batches: Sequence[Sequence[Request]]) -> Iterator[tuple[Request, Completion]]:
         raise GateError(f"the answer to {batches[0][0].prompt_id} is not stored")

@@ -4,18 +4,28 @@ works it out again, by the same code. No torch.
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from cai_scale.config import Config
 from cai_scale.constitution import Constitution
 from cai_scale.critics import Critic
 from cai_scale.critics.complaint import RevisionRules
+from cai_scale.errors import DataError
 from cai_scale.evaluation import protocol
 from cai_scale.evaluation.compare import Answered, compare, drift, slices
 from cai_scale.preferences.audit import audit
 from cai_scale.preferences.pairs import build_pairs
-from cai_scale.ranks import Ranks
-from cai_scale.records import Pair, Prompt, Response
+from cai_scale.ranks import Ranks, wait_for
+from cai_scale.records import (
+    Answer,
+    Pair,
+    Prompt,
+    Response,
+    Score,
+    read_records,
+    write_jsonl,
+)
 from cai_scale.rollout.collect import collect, requests_for
 from cai_scale.rollout.revise import revise
 from cai_scale.rollout.sampler import Sampler
@@ -23,11 +33,17 @@ from cai_scale.runs import Round, Run
 
 
 def rollouts(
-    config: Config, prompts: Sequence[Prompt], files: Round, sampler: Sampler, ranks: Ranks
+    config: Config,
+    prompts: Sequence[Prompt],
+    files: Round,
+    sampler: Sampler,
+    ranks: Ranks,
+    *,
+    round: int = 1,
 ) -> list[Response]:
     """The samples of a round; those that are stored already are not asked for again."""
     requests = requests_for(
-        prompts, config.temperatures, samples=config.samples, seed=config.seed, round=1
+        prompts, config.temperatures, samples=config.samples, seed=config.seed, round=round
     )
     return collect(
         sampler,
@@ -39,7 +55,7 @@ def rollouts(
     )
 
 
-def revisions(
+def answers(
     config: Config,
     constitution: Constitution,
     critic: Critic,
@@ -48,15 +64,24 @@ def revisions(
     files: Round,
     sampler: Sampler,
     ranks: Ranks,
-) -> list[Response]:
-    """Each sample, or its best revision; those that are stored already are not asked for again."""
+) -> tuple[list[Response], list[Score | None]]:
+    """Each sample, or its best revision, and its score; an empty answer has none.
+
+    What is stored already is neither asked for nor scored again.
+    """
+    text = {prompt.id: prompt.text for prompt in prompts}
+
+    def score(responses: Sequence[Response], product: Path) -> list[Score | None]:
+        asked = [text[response.prompt_id] for response in responses]
+        return score_once(critic, asked, responses, files.scores(product), ranks)
+
     return revise(
         sampler,
-        critic,
+        score,
         constitution,
         prompts,
         responses,
-        files.revisions,
+        files,
         rules=RevisionRules(tries=config.revisions),
         seed=config.seed,
         batch_size=config.rollout_batch_size,
@@ -64,12 +89,58 @@ def revisions(
     )
 
 
+def scored(
+    prompts: Sequence[Prompt], responses: Sequence[Response], scores: Sequence[Score | None]
+) -> list[Answer]:
+    """The answers that have a score, with their prompts."""
+    by_id = {prompt.id: prompt for prompt in prompts}
+    return [
+        Answer(prompt=by_id[response.prompt_id], response=response, score=score)
+        for response, score in zip(responses, scores, strict=True)
+        if score is not None
+    ]
+
+
+def score_once(
+    critic: Critic,
+    prompts: Sequence[str],
+    responses: Sequence[Response],
+    product: Path,
+    ranks: Ranks,
+) -> list[Score | None]:
+    """The critic's scores of responses, in order: rank 0 asks it once, and all read the file.
+
+    So ranks cannot differ about a score, and a critic that costs money is not paid twice.
+
+    Raises:
+        DataError: the stored scores are of other answers.
+    """
+    if ranks.main and not product.exists():
+        scores = critic.score(prompts, [response.text for response in responses])
+        write_jsonl(
+            product,
+            (
+                {"prompt_id": r.prompt_id, "sample": r.sample, "score": s and asdict(s)}
+                for r, s in zip(responses, scores, strict=True)
+            ),
+        )
+    wait_for(product)
+    stored = read_records(
+        product,
+        lambda row: (row["prompt_id"], row["sample"], row["score"] and Score(**row["score"])),
+    )
+    if [row[:2] for row in stored] != [(r.prompt_id, r.sample) for r in responses]:
+        raise DataError(f"{product} does not hold the scores of its answers; remove it")
+    return [row[2] for row in stored]
+
+
 def pairs(
-    config: Config, critic: Critic, prompts: Sequence[Prompt], responses: Sequence[Response]
+    config: Config,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Response],
+    scores: Sequence[Score | None],
 ) -> tuple[list[Pair], dict[str, Any]]:
     """The pairs of a round, and their audit."""
-    text = {prompt.id: prompt.text for prompt in prompts}
-    scores = critic.score([text[r.prompt_id] for r in responses], [r.text for r in responses])
     built, account = build_pairs(prompts, responses, scores, margin=config.margin)
     return built, audit(built, account)
 

@@ -70,6 +70,11 @@ class Round(Trained):
         """The revisions of every try, as far as they exist, in order."""
         return tuple(takewhile(Path.exists, (self.revisions(n) for n in count(1))))
 
+    @staticmethod
+    def scores(answers: Path) -> Path:
+        """The critic's scores of a file of answers, row by row."""
+        return answers.with_suffix(".scores.jsonl")
+
     @property
     def pairs(self) -> Path:
         return self.path / "pairs.jsonl"
@@ -97,9 +102,11 @@ class Run(Trained):
 
     @property
     def rounds(self) -> int:
-        """How many rounds the run takes."""
-        rounds = self.settings().get("rounds", 1)
-        return rounds if isinstance(rounds, int) else 1
+        """How many rounds the run takes; 1 where it does not say."""
+        with contextlib.suppress(DataError):
+            rounds = self.settings().get("rounds")
+            return rounds if isinstance(rounds, int) and rounds > 0 else 1
+        return 1
 
     def trained(self, round: int) -> Trained:
         """Where the training of a round goes; that of the last one is the run's own."""
@@ -273,7 +280,8 @@ def _same(run: Run, record: Mapping[str, Any]) -> None:
     before = run.record
     now = json.loads(json.dumps(record))
     parts = ["settings", "constitution", "weights", "prompts", "precision", "sampler", "ds_config"]
-    if run.checkpoints.is_dir() and not run.adapter.is_dir():
+    parts += ["critic", "start"]
+    if any(run.path.rglob("checkpoint-*")) and run.product is None:
         parts.append("ranks")  # an optimizer's state lies in as many pieces as there were ranks
     for part in parts:
         if before.get(part) != now[part]:

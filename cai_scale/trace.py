@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from cai_scale import prompts as prompt_files
 from cai_scale import results, runs
 from cai_scale.commands import Parser
 from cai_scale.critics.lexicon import LexiconCritic
-from cai_scale.errors import MissingError
+from cai_scale.errors import ConfigError, MissingError
 from cai_scale.preferences.pairs import build_pairs, read_pairs
 from cai_scale.records import Prompt, Response, Score, read_json, read_records
 from cai_scale.rollout.revise import better, sample_of
-from cai_scale.runs import Run
+from cai_scale.runs import Round, Run
 from cai_scale.terminal import coloured, wrapped
 
 NEAREST = 5  # ids to offer in place of an unknown one
@@ -33,17 +33,22 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("prompt_id", metavar="PROMPT_ID", help="the id of a prompt of the run")
     parser.add_argument("--run", type=Path, help="a run's folder (default: the newest finished)")
+    parser.add_argument(
+        "--round", type=int, default=1, help="of a run with several rounds (default: 1)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     run = Run(options.run) if options.run else runs.newest(runs.ROOT, finished=True)
     if not run.config.is_file():
         raise MissingError(f"{run.path} holds no run; name the folder of one with --run")
-    found = trace(run, options.prompt_id)
+    if not 1 <= options.round <= run.rounds:
+        raise ConfigError(f"--round {options.round}: {run.path} has rounds 1 to {run.rounds}")
+    found = trace(run, options.prompt_id, options.round)
     print(json.dumps(found, ensure_ascii=False, indent=2) if options.json else as_text(found))
     return 0
 
 
-def trace(run: Run, prompt_id: str) -> dict[str, Any]:
+def trace(run: Run, prompt_id: str, number: int = 1) -> dict[str, Any]:
     """All that a run did with a prompt, as far as it has come.
 
     Returns:
@@ -66,7 +71,7 @@ def trace(run: Run, prompt_id: str) -> dict[str, Any]:
     found: dict[str, Any] = {"run": str(run.path)}
     found["prompt"] = asdict(train.get(prompt_id) or heldout[prompt_id])
     if prompt_id in train:
-        found |= _training(run, train[prompt_id], critic)
+        found |= _training(run, train[prompt_id], critic, number)
     if prompt_id in heldout:
         found |= _evaluation(run, heldout[prompt_id], critic)
     return found
@@ -102,18 +107,19 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _training(run: Run, prompt: Prompt, critic: LexiconCritic) -> dict[str, Any]:
-    files, margin = run.round(1), settings.from_dict(run.settings(), str(run.config)).margin
-    responses = _answers(files.rollouts, prompt.id)
-    samples = {r.sample: {**_scored(r, critic), "revisions": []} for r in responses}
-    best = {r.sample: (r, _score(r, critic)) for r in responses}
+def _training(run: Run, prompt: Prompt, critic: LexiconCritic, number: int) -> dict[str, Any]:
+    files = run.round(number)
+    margin = settings.from_dict(run.settings(), str(run.config)).margin
+    given = list(_with_scores(files, files.rollouts, prompt.id))
+    samples = {r.sample: {**_shown(r, score, critic), "revisions": []} for r, score in given}
+    best = {response.sample: (response, score) for response, score in given}
     for file in files.all_revisions():
-        for revision in _answers(file, prompt.id):
-            sample, score = sample_of(revision), _score(revision, critic)
+        for revision, score in _with_scores(files, file, prompt.id):
+            sample = sample_of(revision)
             wins = better(score, best[sample][1])
             if wins:
                 best[sample] = (revision, score)
-            samples[sample]["revisions"].append({**_scored(revision, critic), "better": wins})
+            samples[sample]["revisions"].append({**_shown(revision, score, critic), "better": wins})
     found: dict[str, Any] = {"samples": list(samples.values())}
     if files.pairs.is_file():
         pair = next((p for p in read_pairs(files.pairs) if p.prompt_id == prompt.id), None)
@@ -157,12 +163,24 @@ def _answers(file: Path, prompt_id: str) -> list[Response]:
     return [answer for answer in answers if answer.prompt_id == prompt_id]
 
 
-def _score(answer: Response, critic: LexiconCritic) -> Score | None:
-    return critic.score([""], [answer.text])[0]
+def _with_scores(
+    files: Round, product: Path, prompt_id: str
+) -> Iterator[tuple[Response, Score | None]]:
+    """The answers to a prompt in a file, with the scores that the critic gave them."""
+    answers, scores = _answers(product, prompt_id), files.scores(product)
+    rows = read_records(scores, dict) if scores.is_file() else []
+    given = {row["sample"]: row["score"] for row in rows if row["prompt_id"] == prompt_id}
+    for answer in answers:
+        score = given.get(answer.sample)
+        yield answer, score and Score(**score)
 
 
 def _scored(answer: Response, critic: LexiconCritic) -> dict[str, Any]:
-    score = _score(answer, critic)
+    return _shown(answer, critic.score([""], [answer.text])[0], critic)
+
+
+def _shown(answer: Response, score: Score | None, critic: LexiconCritic) -> dict[str, Any]:
+    """An answer with its score, and the lexicon's words in it."""
     effects = {
         (p.id, i.id): i.effect for p in critic.constitution.principles for i in p.lexicon.lists
     }

@@ -9,11 +9,13 @@ import pytest
 from cai_scale.config import Config
 from cai_scale.errors import ConfigError
 from cai_scale.methods import load_method
-from cai_scale.methods.dpo import newest_checkpoint, whole_batches
+from cai_scale.methods.dpo import gap
 from cai_scale.ranks import Ranks
 from cai_scale.records import Candidate, Pair, read_jsonl
 from cai_scale.runs import Run
+from cai_scale.training.fit import newest_checkpoint, whole_batches
 from cai_scale.training.precision import Precision
+from cai_scale.training.task import Task
 
 
 def pairs(count: int = 6) -> list[Pair]:
@@ -40,7 +42,14 @@ def train(model: Path, folder: Path, rows: list[Pair], **settings: Any) -> list[
     folder.mkdir()
     run = Run(folder)
     load_method("dpo").train(
-        config, rows, run, ranks=Ranks(), precision=Precision("fp32", "test"), ds_config=None
+        Task(
+            config=config,
+            ranks=Ranks(),
+            precision=Precision("fp32", "test"),
+            ds_config=None,
+            into=run,
+            pairs=rows,
+        )
     )
     return [record for _, record in read_jsonl(run.metrics) if "loss" in record]
 
@@ -114,8 +123,8 @@ def test_swapped_pairs_push_the_other_way(tmp_path: Path, tiny_model: Path) -> N
 def test_rows_that_fill_no_batch_are_left_out_by_their_gap() -> None:
     rows = pairs(7)
     rows[2] = replace(rows[2], chosen=replace(rows[2].chosen, score=0.71))
-    assert [p.prompt_id for p in whole_batches(rows, 3)] == ["0", "1", "3", "4", "5", "6"]
-    assert whole_batches(rows, 7) == rows
+    assert [p.prompt_id for p in whole_batches(rows, 3, gap)] == ["0", "1", "3", "4", "5", "6"]
+    assert whole_batches(rows, 7, gap) == rows
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ ALLOWED = {
     "prompts": set(),
     "rollout": {"critics", "runtime"},
     "preferences": set(),
-    "training": set(),
+    # A task brings a critic and samplers along; methods that sample while they train use them.
+    "training": {"critics", "rollout"},
     "methods": {"training"},
     "evaluation": {"runtime"},
     "runtime": {"critics", "commands"},

@@ -11,6 +11,7 @@ from cai_scale.ranks import Ranks
 from cai_scale.records import Completion, Prompt, Response
 from cai_scale.rollout.revise import revise
 from cai_scale.rollout.sampler import Request
+from cai_scale.runs import Round
 
 CONSTITUTION = constitution.load()
 CRITIC = LexiconCritic(CONSTITUTION)
@@ -70,18 +71,19 @@ def run(tmp_path: Path, first: str, reviser: Reviser, **rules: Any) -> Response:
     response = Response(
         prompt_id="p", sample=2, round=1, temperature=0.7, text=first, tokens=3, finished=True
     )
-    (best,) = revise(
+    (best,), (given,) = revise(
         reviser,
-        CRITIC,
+        lambda responses, _: CRITIC.score([""] * len(responses), [r.text for r in responses]),
         CONSTITUTION,
         [prompt],
         [response],
-        lambda attempt: tmp_path / f"revisions-{attempt}.jsonl",
+        Round(tmp_path),
         rules=RevisionRules(**rules),
         seed=0,
         batch_size=8,
         ranks=Ranks(),
     )
+    assert [given] == CRITIC.score([""], [best.text])
     return best
 
 
@@ -104,7 +106,7 @@ def test_the_best_of_n_tries_is_kept(tmp_path: Path) -> None:
     best = run(tmp_path, "Moon.", reviser, tries=3)
     assert best.text == "A useful tip."
     assert len(reviser.asked) == 3
-    assert len(list(tmp_path.glob("revisions-*.jsonl"))) == 3
+    assert len(Round(tmp_path).all_revisions()) == 3
 
 
 def test_no_tries_ask_nothing(tmp_path: Path) -> None:

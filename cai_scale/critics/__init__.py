@@ -31,3 +31,11 @@ def load_critic(name: str, constitution: Constitution) -> Critic:
 
         return LexiconCritic(constitution)
     raise ConfigError(f"unknown critic {name!r}; choose one of: {', '.join(NAMES)}")
+
+
+def check(name: str, constitution: Constitution, policy: str) -> None:
+    load_critic(name, constitution)
+
+
+def identity(name: str) -> dict[str, str]:
+    return {"name": name}

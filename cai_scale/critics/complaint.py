@@ -34,7 +34,7 @@ def complaint(
     if len(set(words)) / len(words) < rules.min_distinct:
         return constitution.request("repetitive", lang)
     for principle in constitution.principles:
-        if score is not None and score.principles[principle.id] < rules.floor:
+        if score is not None and score.principles.get(principle.id, 1.0) < rules.floor:
             return constitution.request("below_floor", lang, principle)
     return None
 

@@ -17,7 +17,7 @@ class Choice:
     reason: str
 
 
-def choose(name: str, *, gpu: bool, fusible: Callable[[], bool]) -> Choice:
+def choose(name: str, *, gpu: bool, fusible: Callable[[], bool], stage: int = 0) -> Choice:
     """Settle `--sampler`.
 
     Args:

@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from cai_scale.constitution import Constitution
-from cai_scale.critics import Critic
 from cai_scale.critics.complaint import RevisionRules, asking_again, complaint
 from cai_scale.ranks import Ranks
 from cai_scale.records import Prompt, Response, Score
 from cai_scale.rollout.collect import collect
 from cai_scale.rollout.sampler import Request, Sampler
+from cai_scale.runs import Round
 
 # The random numbers of a revision are those of a sample that no rollout asks for.
 _FIRST_SAMPLE = 1_000_000
@@ -18,51 +18,46 @@ _FIRST_SAMPLE = 1_000_000
 
 def revise(
     sampler: Sampler,
-    critic: Critic,
+    score: Callable[[Sequence[Response], Path], Sequence[Score | None]],
     constitution: Constitution,
     prompts: Sequence[Prompt],
     responses: Sequence[Response],
-    product: Callable[[int], Path],
+    files: Round,
     *,
     rules: RevisionRules,
     seed: int,
     batch_size: int,
     ranks: Ranks,
-) -> list[Response]:
-    """Each response, or the best of its revisions where the critic scores one higher.
+) -> tuple[list[Response], list[Score | None]]:
+    """Each response, or the best of its revisions where the critic scores one higher, and its
+    score.
 
     Args:
-        product: the file that keeps all revisions of the Nth try, N from 1, the worse ones too.
+        score: the critic's scores of responses that are stored in a file.
+        files: where the responses are, and where all revisions of a try go, the worse ones too.
     """
     prompt_of = {prompt.id: prompt for prompt in prompts}
-    best = list(responses)
-    scores = critic.score([prompt_of[r.prompt_id].text for r in best], [r.text for r in best])
+    best, scores = list(responses), list(score(responses, files.rollouts))
     for attempt in range(1, rules.tries + 1):
         requests: list[Request] = []
         where: dict[tuple[str, int], int] = {}
-        for index, (response, score) in enumerate(zip(best, scores, strict=True)):
+        for index, (response, given) in enumerate(zip(best, scores, strict=True)):
             prompt = prompt_of[response.prompt_id]
-            ask = complaint(response.text, score, constitution, rules, prompt.language)
+            ask = complaint(response.text, given, constitution, rules, prompt.language)
             if ask is not None:
                 request = _request(prompt, response, ask, seed, attempt)
                 where[request.prompt_id, request.sample] = index
                 requests.append(request)
+        product = files.revisions(attempt)
         revisions = collect(
-            sampler,
-            requests,
-            product(attempt),
-            batch_size=batch_size,
-            ranks=ranks,
-            title="revising",
+            sampler, requests, product, batch_size=batch_size, ranks=ranks, title="revising"
         )
-        for revision in revisions:
+        for revision, given in zip(revisions, score(revisions, product), strict=True):
             index = where[revision.prompt_id, revision.sample]
-            prompt = prompt_of[revision.prompt_id]
-            score = critic.score([prompt.text], [revision.text])[0]
-            if better(score, scores[index]):
+            if better(given, scores[index]):
                 best[index] = replace(revision, sample=best[index].sample, revised=True)
-                scores[index] = score
-    return best
+                scores[index] = given
+    return best, scores
 
 
 def better(new: Score | None, old: Score | None) -> bool:
