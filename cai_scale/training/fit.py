@@ -72,10 +72,18 @@ def policy(task: Task) -> "PreTrainedModel":
     return models.load_model(config.model, task.precision.dtype, quantization=quantization)
 
 
-def fit(task: Task, trainer: "Trainer", **shown: str) -> None:
+def fit(
+    task: Task,
+    trainer: "Trainer",
+    *,
+    finish: Callable[[Path], None] | None = None,
+    **shown: str,
+) -> None:
     """Train from the newest checkpoint, or from `task.start`; leave the checked product.
 
     Args:
+        finish: what is still to do, on the main rank, with the folder of what was saved, before
+            that becomes the product.
         shown: figures for the progress bar: what to call each, and its key in the logs.
 
     Raises:
@@ -106,11 +114,12 @@ def fit(task: Task, trainer: "Trainer", **shown: str) -> None:
     if expected is not None:
         adapters.keep_only_the_adapter(aside)
         adapters.check_adapter(aside, expected)
-        _replace(aside, task.into.adapter)
     else:
         (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle
         models.check(str(aside))
-        _replace(aside, task.into.model)
+    if finish is not None:
+        finish(aside)
+    _replace(aside, task.into.model if expected is None else task.into.adapter)
 
 
 def _replace(aside: Path, product: Path) -> None:

@@ -16,6 +16,26 @@ if TYPE_CHECKING:
 HEAD = "score"  # what transformers calls the head of every causal sequence classifier
 
 
+def positions(attention_mask: Tensor) -> Tensor:
+    """The place of each token in its row, counted from 0: [rows, tokens], int64.
+
+    Args:
+        attention_mask: [rows, tokens], int64; 0 marks padding, on either side.
+    """
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def at_last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """The state of each row's last token, [rows, hidden].
+
+    Args:
+        states: [rows, tokens, hidden].
+        attention_mask: [rows, tokens], int64; every row has a 1.
+    """
+    last = attention_mask.cumsum(-1).argmax(-1)  # the first column that has seen every token
+    return states[torch.arange(states.shape[0], device=states.device), last]
+
+
 class Scorer(nn.Module):
     """Scores a batch whose rows may be padded on either side, with any token.
 
@@ -36,12 +56,10 @@ class Scorer(nn.Module):
             input_ids: [rows, tokens], int64.
             attention_mask: [rows, tokens], int64; 0 marks padding, and every row has a 1.
         """
-        seen = attention_mask.cumsum(-1)
         states = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=(seen - 1).clamp(min=0),
+            position_ids=positions(attention_mask),
             use_cache=False,
         ).last_hidden_state
-        last = seen.argmax(-1)  # the first column that has seen every token
-        return {"logits": self.head(states[torch.arange(states.shape[0]), last])}
+        return {"logits": self.head(at_last_token(states, attention_mask))}
