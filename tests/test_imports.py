@@ -15,7 +15,7 @@ ALLOWED = {
     "prompts": set(),
     "rollout": {"critics", "runtime"},
     "preferences": set(),
-    "training": set(),
+    "training": {"critics", "rollout"},  # what a method is given; sampling while it trains
     "methods": {"training"},
     "evaluation": {"runtime"},
     "runtime": {"critics", "commands"},

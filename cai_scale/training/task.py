@@ -24,8 +24,10 @@ class Task:
             the base model.
         prompts, answers, pairs: the round's data; answers that are empty have no score and are
             left out.
+        critic: scores the answers of methods that sample while they train.
         sampler: makes a sampler of the policy in a folder, or of the base model where that is
-            None, for methods that sample while they train.
+            None, for methods that sample while they train: see `training.live`. Where there is
+            no such factory, they sample with transformers from the weights in this process.
         round: counts from 1.
     """
 
