@@ -24,6 +24,7 @@ from cai_scale.records import Prompt
 from cai_scale.training import adapters, fit, models
 from cai_scale.training.batches import plan_batch
 from cai_scale.training.live import LivePolicy, Sampled
+from cai_scale.training.positions import count_from_the_mask
 from cai_scale.training.task import Task
 
 
@@ -64,6 +65,8 @@ def train(task: Task) -> None:
         temperature=temperature(task),
         top_p=config.top_p,
         top_k=config.top_k,
+        # Answers are drawn without dropout, and would not be the policy's with it.
+        disable_dropout=True,
     )
     with closing(LivePolicy(task, tokenizer)) as live:
         _check_room(task, live)
@@ -77,6 +80,8 @@ def train(task: Task) -> None:
             peft_config=adapters.lora(config) if config.lora else None,
             rollout_func=lambda ids, trainer: rollout(task, live, asked, ids, trainer),
         )
+        if trainer.ref_model is not None:
+            count_from_the_mask(trainer.accelerator.unwrap_model(trainer.ref_model))
         fit.fit(task, trainer, reward="reward", kl="kl")
 
 
@@ -148,6 +153,7 @@ def _policy(task: Task) -> Any:
     # Where the whole model is trained, TRL loads the reference from here: it stays the base
     # model when the training continues from another.
     model.config._name_or_path = models.resolve(task.config.model)
+    count_from_the_mask(model)
     return model
 
 

@@ -14,7 +14,7 @@ from cai_scale import ranks
 from cai_scale.records import Completion, Prompt, Score, read_jsonl, write_jsonl
 from cai_scale.rollout.collect import requests_for
 from cai_scale.rollout.sampler import PromptReader, Request, Sampler, TransformersSampler, cut
-from cai_scale.training import fit
+from cai_scale.training import adapters, fit
 from cai_scale.training.task import Task
 
 if TYPE_CHECKING:
@@ -55,9 +55,10 @@ class LivePolicy:
     """The policy while it is trained, asked by all ranks together.
 
     Without `task.sampler` the answers come from the weights in this process. With it, the policy
-    is saved at every step, as an adapter or a model, and `task.sampler(folder)` answers. The
-    factory is called on every rank; what it makes for them all, such as an exported graph, it
-    puts beside that folder, in `folder.parent`, which is removed when all ranks have answered.
+    is saved at every step, as an adapter or a model, and `task.sampler(folder)` answers; while
+    a new adapter has learned nothing, `task.sampler(None)` does, from the base model. The factory
+    is called on every rank; what it makes for them all, such as an exported graph, it puts beside
+    that folder, in `folder.parent`, which is removed when all ranks have answered.
     """
 
     def __init__(self, task: Task, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -150,7 +151,8 @@ class LivePolicy:
         if self.task.ranks.main:
             aside.rename(policy)
         ranks.wait_for(policy)
-        yield self.task.sampler(policy)
+        base = self.task.config.lora and adapters.is_new(policy)
+        yield self.task.sampler(None if base else policy)
 
     @contextmanager
     def _weights(self, trainer: Any) -> Iterator[Any]:
