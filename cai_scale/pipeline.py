@@ -16,6 +16,7 @@ from cai_scale.methods import load_method
 from cai_scale.preferences.audit import require_enough
 from cai_scale.preferences.pairs import read_pairs
 from cai_scale.records import Answer, Pair, Response, read_json, write_json, write_jsonl
+from cai_scale.rollout.choose import Choice
 from cai_scale.rollout.onnx import OnnxSampler
 from cai_scale.rollout.remote import RemoteSampler
 from cai_scale.rollout.sampler import Sampler, TransformersSampler
@@ -98,7 +99,7 @@ def train(job: Job, number: int, answers: list[Answer], pairs: list[Pair]) -> No
                 pairs=pairs,
                 constitution=job.constitution,
                 critic=job.critic,
-                sampler=functools.partial(_policy_sampler, job),
+                sampler=_live(job),
             )
         )
         ranks.wait_for(into.adapter, into.model)
@@ -147,37 +148,26 @@ def _answering(job: Job, product: Path | None) -> Iterator["Answering"]:
     They share one model, or one exported graph, which is loaded when the first answer is sampled.
     A server answers only what is trained on: what is evaluated comes from the files at hand.
     """
-    config = job.config
-    tokenizer = models.load_tokenizer(config.model)
-    folder = job.run.policy(product.name.lstrip(".") if product else "base")
+    tokenizer = models.load_tokenizer(job.config.model)
+    graph = job.run.policy(product.name if product else "base")
+    remotes: list[RemoteSampler] = []
 
     @functools.cache
     def model() -> Any:
-        return models.load_trained(config.model, product, job.precision.dtype)
+        return models.load_trained(job.config.model, product, job.precision.dtype)
 
     @functools.cache
     def policy() -> Policy:
-        return _policy(job, product, folder)
-
-    remotes: list[RemoteSampler] = []
+        return _policy(job, job.local, product, graph)
 
     def sampler(decoding: Any) -> Sampler:
-        settings: dict[str, Any] = {
-            name: getattr(decoding, name) for name in ("max_new_tokens", "top_p", "top_k")
-        }
-        rows = config.rollout_batch_size
-        if job.sampler.name == "openai" and decoding is config:
-            name = config.sampler_model or config.model
-            assert config.sampler_url is not None
-            remotes.append(
-                RemoteSampler(
-                    config.sampler_url, name, tokenizer, rows=rows, adapter=product, **settings
-                )
-            )
+        if job.sampler.name == "openai" and decoding is job.config:
+            remotes.append(_remote(job, tokenizer, product))
             return remotes[-1]
+        settings = _settings(decoding)
         if job.local.name == "transformers":
             return TransformersSampler(model, tokenizer, **settings)
-        return OnnxSampler(policy, tokenizer, rows=rows, **settings)
+        return OnnxSampler(policy, tokenizer, rows=job.config.rollout_batch_size, **settings)
 
     try:
         yield sampler
@@ -189,18 +179,51 @@ def _answering(job: Job, product: Path | None) -> Iterator["Answering"]:
         gc.collect()
 
 
-@contextmanager
-def _policy_sampler(job: Job, product: Path | None) -> Iterator[Sampler]:
-    """A sampler of what a training has come to, for methods that sample while they train."""
-    with _answering(job, product) as answering:
-        yield answering(job.config)
+def _live(job: Job) -> Callable[[Path | None], Sampler] | None:
+    """Samplers for a training that samples at every step; None where the weights in the process
+    answer. A graph goes beside the policy that the training has saved, and is removed with it."""
+    if job.sampler.name == "transformers":
+        return None
+    tokenizer = models.load_tokenizer(job.config.model)
+    remotes: list[RemoteSampler] = []
+
+    def sampler(product: Path | None) -> Sampler:
+        if job.sampler.name == "openai":
+            if job.ranks.main:  # all ranks have had their answers of the step before
+                for remote in remotes:
+                    remote.close()
+            remotes[:] = [_remote(job, tokenizer, product)]
+            return remotes[0]
+        graph = product.with_name("graph") if product else job.run.policy("base")
+        policy = functools.cache(lambda: _policy(job, job.sampler, product, graph))
+        rows = job.config.rollout_batch_size
+        return OnnxSampler(policy, tokenizer, rows=rows, **_settings(job.config))
+
+    return sampler
 
 
-def _policy(job: Job, product: Path | None, folder: Path) -> Policy:
+def _remote(job: Job, tokenizer: Any, product: Path | None) -> RemoteSampler:
+    config = job.config
+    assert config.sampler_url is not None
+    return RemoteSampler(
+        config.sampler_url,
+        config.sampler_model or config.model,
+        tokenizer,
+        rows=config.rollout_batch_size,
+        adapter=product,
+        **_settings(config),
+    )
+
+
+def _settings(decoding: Any) -> dict[str, Any]:
+    return {name: getattr(decoding, name) for name in ("max_new_tokens", "top_p", "top_k")}
+
+
+def _policy(job: Job, choice: Choice, product: Path | None, folder: Path) -> Policy:
     """The graph that the first rank to need one exports, on this rank's share of the cores."""
     from cai_export.policy import export_policy
 
-    variant = "q8" if job.local.name == "onnx-q8" else "fp32"
+    variant = "q8" if choice.name == "onnx-q8" else "fp32"
     try:
         folder.with_suffix(".taken").mkdir()
     except FileExistsError:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -60,11 +60,16 @@ class Response:
 
 @dataclass(frozen=True)
 class Completion:
-    """A generated text, its length in tokens, and whether the model ended it itself."""
+    """A generated text, its length in tokens, and whether the model ended it itself.
+
+    `ids` are the tokens as they were drawn, the one that ended the answer included; None where
+    the sampler does not see them, as with a server. They are not stored.
+    """
 
     text: str
     tokens: int
     finished: bool
+    ids: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,7 +103,9 @@ def _work(
                 sample=request.sample,
                 round=request.round,
                 temperature=request.temperature,
-                **asdict(completion),
+                text=completion.text,
+                tokens=completion.tokens,
+                finished=completion.finished,
             )
             file.write(canonical(asdict(response)) + "\n")
             file.flush()

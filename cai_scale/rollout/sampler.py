@@ -119,6 +119,8 @@ class TransformersSampler:
                 attention_mask=encoded["attention_mask"],
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([self._chooser(batch, width)]),
+                # The weights are whole on every rank, under ZeRO-3 too: none waits for another.
+                synced_gpus=False,
             )
         stops = {ends} if isinstance(ends, int) else set(ends or ())
         return [self._completion(row, stops) for row in output[:, width:].tolist()]
@@ -135,7 +137,8 @@ class TransformersSampler:
         end = next((i for i, token in enumerate(row) if token in stops), None)
         kept = row if end is None else row[:end]
         text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return Completion(text, len(kept), end is not None)
+        drawn = row if end is None else row[: end + 1]
+        return Completion(text, len(kept), end is not None, tuple(drawn))
 
 
 class SeededChoice:

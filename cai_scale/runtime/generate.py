@@ -262,7 +262,8 @@ class Generator:
             return Piece(row.index, text)
         whole = row.text.text.strip() if row.text.stopped else self.policy.chat.decode(row.written)
         text += row.text.finish(whole)
-        return Piece(row.index, text, Completion(whole, len(row.written), ended))
+        drawn = (*row.written, token) if token in self.policy.stops else tuple(row.written)
+        return Piece(row.index, text, Completion(whole, len(row.written), ended, drawn))
 
     def _drop(self, place: int) -> None:
         self._cache.drop(place)

@@ -10,6 +10,7 @@ from cai_scale.config import Config
 from cai_scale.errors import IntegrityError, MissingError
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig, PeftModel
 
 WEIGHTS = "adapter_model.safetensors"
@@ -114,5 +115,16 @@ def check_adapter(folder: Path, expected: Shapes | None = None) -> None:
             raise damaged(f"{name} is empty")
         if not bool(tensors[name].isfinite().all()):
             raise damaged(f"{name} holds NaN or Inf")
-    if not any(bool(t.any()) for name, t in tensors.items() if ".lora_B." in name):
+    if not _learned(tensors):
         raise damaged("every lora_B is zero, so nothing was learned")
+
+
+def is_new(folder: Path) -> bool:
+    """Whether a saved adapter has learned nothing yet: with it a model is as without it."""
+    from safetensors.torch import load_file
+
+    return not _learned(load_file(folder / WEIGHTS))
+
+
+def _learned(tensors: Mapping[str, "torch.Tensor"]) -> bool:
+    return any(bool(tensor.any()) for name, tensor in tensors.items() if ".lora_B." in name)

@@ -105,21 +105,33 @@ def fit(
     trainer.train(resume_from_checkpoint=newest_checkpoint(task.into.checkpoints))
 
     aside = task.into.path / ".product"
-    trainer.save_model(str(aside))  # a collective under ZeRO-3: every rank takes part
+    save(task, trainer, aside)
     trainer.accelerator.wait_for_everyone()
     # The arguments live on in accelerate's state; models loaded from here on are not sharded.
     unset_hf_deepspeed_config()
     if not task.ranks.main:
         return
     if expected is not None:
-        adapters.keep_only_the_adapter(aside)
         adapters.check_adapter(aside, expected)
     else:
-        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle
         models.check(str(aside))
     if finish is not None:
         finish(aside)
     _replace(aside, task.into.model if expected is None else task.into.adapter)
+
+
+def save(task: Task, trainer: "Trainer", folder: Path) -> None:
+    """Write the adapter, or the whole model, as it is now; the main rank has it on return.
+
+    Every rank takes part: under ZeRO-3 the weights are gathered.
+    """
+    trainer.save_model(str(folder))
+    if not task.ranks.main:
+        return
+    if task.config.lora:
+        adapters.keep_only_the_adapter(folder)
+    else:
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
 
 
 def _replace(aside: Path, product: Path) -> None:

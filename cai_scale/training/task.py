@@ -1,7 +1,6 @@
 """What a method is given: the settings, the data of one round, and where its training goes."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,10 @@ class Task:
             the base model.
         prompts, answers, pairs: the round's data; answers that are empty have no score and are
             left out.
-        sampler: a sampler of the policy in a folder, or of the base model where that is None,
-            for as long as its block lasts: for methods that sample while they train.
+        critic: scores the answers of methods that sample while they train.
+        sampler: makes a sampler of the policy in a folder, or of the base model where that is
+            None, for methods that sample while they train: see `training.live`. Where there is
+            no such factory, they sample with transformers from the weights in this process.
         round: counts from 1.
     """
 
@@ -43,4 +44,4 @@ class Task:
     pairs: Sequence[Pair] = ()
     constitution: Constitution | None = None
     critic: Critic | None = None
-    sampler: Callable[[Path | None], AbstractContextManager[Sampler]] | None = None
+    sampler: Callable[[Path | None], Sampler] | None = None
