@@ -151,7 +151,7 @@ class Config:
                 raise ConfigError(
                     f"unknown {item.name} {value!r}; choose one of: {', '.join(choices)}"
                 )
-            if least is not None:
+            if least is not None and value is not None:
                 for number in value if isinstance(value, tuple) else (value,):
                     if not least <= number < float("inf"):
                         raise ConfigError(

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cai_scale.errors import GateError, IntegrityError
-from cai_scale.records import read_json
+from cai_scale.errors import GateError
 from cai_scale.runs import Run
 from cai_scale.training import models
 from cai_scale.training.adapters import check_adapter
@@ -35,12 +34,7 @@ def check_run(run: Run) -> None:
         CaiError: the adapter is missing or corrupt, or the base model is not the trained one's.
     """
     check_adapter(run.adapter)
-    model = run.settings()["model"]
-    models.check(model)
-    if models.weights_sha256(model) != read_json(run.config)["weights"]:
-        raise IntegrityError(
-            f"model {model} has other weights than {run.path} was trained on; restore them"
-        )
+    models.check_weights(run.settings()["model"], run.record["weights"], run.path)
 
 
 def merged_policy(model: str, adapter: Path | None) -> Merged:

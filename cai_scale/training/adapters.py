@@ -11,6 +11,7 @@ from cai_scale.errors import IntegrityError, MissingError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -40,8 +41,30 @@ def lora(config: Config, *, task: str = "CAUSAL_LM", whole: Sequence[str] = ()) 
     )
 
 
+def adapt(model: "PreTrainedModel", settings: "LoraConfig", *, seed: int) -> "PeftModel":
+    """Put a new adapter on a model, with the same random numbers on every rank.
+
+    Its weights are fp32, but under ZeRO-3, which gathers parameters of one format together and
+    keeps fp32 copies itself.
+    """
+    from peft import get_peft_model
+    from transformers import set_seed
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    set_seed(seed)
+    sharded = is_deepspeed_zero3_enabled()
+    adapted = get_peft_model(model, settings, autocast_adapter_dtype=not sharded)
+    if not sharded:  # peft leaves out what is trained whole
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return adapted  # type: ignore[return-value]
+
+
 def load_into(model: "PeftModel", folder: Path) -> None:
     """Give a model whose adapter is new the weights of a saved one, to train on.
+
+    The adapter of a policy has no score head: where it starts a reward model, the head stays new.
 
     Raises:
         IntegrityError: the saved adapter has other layers or shapes.
@@ -49,7 +72,10 @@ def load_into(model: "PeftModel", folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    check_adapter(folder, adapter_shapes(model))
+    expected = adapter_shapes(model)
+    if json.loads((folder / CONFIG).read_text("utf-8")).get("task_type") == "CAUSAL_LM":
+        expected = {name: shape for name, shape in expected.items() if ".lora_" in name}
+    check_adapter(folder, expected)
     set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
 
 
