@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cai_scale.runs import Trained
 from cai_scale.training import adapters, models
 from cai_scale.training.batches import plan_batch
 from cai_scale.training.task import Task

@@ -1,7 +1,8 @@
 """Find and load a language model and its tokenizer: a folder, a hub name, or an alias."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +189,19 @@ def load_scorer(
     if head in missing:
         start_head(loaded, seed)
     return pool_by_mask(loaded)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Models that are loaded in this block are not sharded, while one that is trained is."""
+    from transformers.integrations import deepspeed
+
+    sharding = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = sharding
 
 
 def _load_weights(

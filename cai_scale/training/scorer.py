@@ -55,7 +55,9 @@ class Scorer(nn.Module):
         return {"logits": score(self.backbone, self.head, input_ids, attention_mask)}
 
 
-def score(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def score(
+    backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mask: Tensor
+) -> Tensor:
     """What the head makes of each row's last token that the mask shows: [rows, labels]."""
     seen = attention_mask.cumsum(-1)
     states = backbone(
@@ -92,16 +94,10 @@ def _forward(
 def start_head(model: "PreTrainedModel", seed: int) -> None:
     """Draw a new head from N(0, 1/(d + 1)²), d the width of a state, so that the first scores are
     near 0: the same numbers on any number of ranks, sharded or not."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    from cai_scale.training.adapters import gathered
 
     weight: Any = getattr(model, HEAD).weight
     outputs, width = getattr(weight, "ds_shape", weight.shape)
-    drawn = torch.randn(outputs, width, generator=torch.Generator().manual_seed(seed)) / (width + 1)
-    gathered: Any = contextlib.nullcontext()
-    if is_deepspeed_zero3_enabled():
-        from deepspeed.zero import GatheredParameters
-
-        gathered = GatheredParameters(weight, modifier_rank=0)
-    with torch.no_grad(), gathered:
-        if weight.numel():  # under ZeRO-3 the ranks that do not modify may have nothing
-            weight.copy_(drawn)
+    drawn = torch.randn(outputs, width, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad(), gathered(weight):
+        weight.copy_(drawn / (width + 1))
