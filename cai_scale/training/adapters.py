@@ -92,9 +92,9 @@ def gathered(parameter: "torch.nn.Parameter") -> Iterator[None]:
     if not hasattr(parameter, "ds_id"):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(parameter, modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
         yield
 
 
