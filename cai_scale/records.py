@@ -102,6 +102,11 @@ class Pair:
     rejected: Candidate
 
 
+def exchange(prompt: str, response: str) -> tuple[Message, Message]:
+    """What critics and reward models read: the user's last message, and the answer to it."""
+    return {"role": "user", "content": prompt}, {"role": "assistant", "content": response}
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

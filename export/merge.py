@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cai_scale.errors import GateError, IntegrityError
-from cai_scale.records import read_json
+from cai_scale.errors import GateError
 from cai_scale.runs import Run
 from cai_scale.training import models
 from cai_scale.training.adapters import check_adapter
@@ -39,12 +38,7 @@ def check_run(run: Run) -> None:
         models.check(str(run.model))
     else:
         check_adapter(run.adapter)
-    model = run.settings()["model"]
-    models.check(model)
-    if models.weights_sha256(model) != read_json(run.config)["weights"]:
-        raise IntegrityError(
-            f"model {model} has other weights than {run.path} was trained on; restore them"
-        )
+    models.check_weights(run.settings()["model"], run.record["weights"], run.path)
 
 
 def merged_policy(model: str, product: Path | None) -> Merged:

@@ -38,17 +38,17 @@ def export(
 
     Args:
         names: the variants to keep, of `layout.VARIANTS`, if they are inside the bounds.
-        reward: where a reward model lies, for the bundle to score with; see `reward.find`.
+        reward: where a reward model lies, for the bundle to score with; see `rewards.find`.
 
     Raises:
         CaiError: the run cannot be exported, or a parity gate does not hold.
     """
     quiet()
+    from cai_scale.training import rewards
     from cai_scale.training.models import load_tokenizer
 
     from .bundle import write_card, write_manifest, write_model_files
     from .merge import check_run, merge
-    from .reward import find
     from .scorer import describe, export_scorer, report
     from .variants import choose, compare, derive
 
@@ -56,7 +56,7 @@ def export(
     asked = [prompt.text for prompt in prompts.load(prompts.HELDOUT)]
     with Console().status("checking the run") as status, tempfile.TemporaryDirectory() as aside:
         check_run(run)
-        source = None if reward is None else find(reward, constitution)
+        source = None if reward is None else rewards.find(reward, constitution)
         sequences = _sequences(run, load_tokenizer(run.settings()["model"]), MIN_TOKENS)
         status.update("merging the adapter")
         merged = merge(run, sequences[:MERGE_SEQUENCES])

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from cai_scale.runtime import bundle as layout
 from cai_scale.training.models import load_tokenizer
+from cai_scale.training.rewards import Source
 
 from . import weights
 from .bundle import context_length, write_config, write_tokenizer
 from .normalise import forget_symbols, split_gemms
 from .quantise import quantise
-from .reward import Source, load
+from .reward import load
 from .scorer_parity import check_close, check_exact
 
 if TYPE_CHECKING:

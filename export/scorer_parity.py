@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cai_scale.errors import GateError
+from cai_scale.evaluation.statistics import order_agreement, spearman
 from cai_scale.runtime.graph import pad
 from cai_scale.runtime.reward import ScorerGraph
 
@@ -87,27 +88,6 @@ def check_close(
             f"{len(sequences)} texts; no bundle was written"
         )
     return figures
-
-
-def spearman(a: Array, b: Array) -> float:
-    """Spearman's rank correlation of two vectors; NaN where one of them is constant."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def order_agreement(expected: Array, found: Array) -> float:
-    """The share of the pairs that `expected` orders which `found` orders alike; NaN for none."""
-    above = np.sign(expected[:, None] - expected[None, :])
-    alike = above == np.sign(found[:, None] - found[None, :])
-    ordered = above != 0
-    return float(alike[ordered].mean()) if ordered.any() else float("nan")
-
-
-def _ranks(values: Array) -> NDArray[np.float64]:
-    """Ranks from 0; equal values share the mean of theirs. NaN stays NaN."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts + 1) / 2)[inverse]
-    return np.where(np.isnan(values), np.nan, ranks)
 
 
 def _labels(expected: Array, found: Mapping[str, Array]) -> list[tuple[Array, Array]]:

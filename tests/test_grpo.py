@@ -300,9 +300,7 @@ def test_a_training_that_was_stopped_continues_as_if_it_had_not_been(
     settings = {"epochs": 3.0, "prompts": prompts(5)}  # two steps a pass; one prompt left out
     grpo.train(task(tiny_model, tmp_path / "whole", **settings))
     with pytest.raises(KeyboardInterrupt):
-        grpo.train(
-            task(tiny_model, tmp_path / "cut", critic=Letters(fail_after=3), **settings)
-        )
+        grpo.train(task(tiny_model, tmp_path / "cut", critic=Letters(fail_after=3), **settings))
     assert not (tmp_path / "cut" / "adapter").exists()
     grpo.train(task(tiny_model, tmp_path / "cut", **settings))
     grpo.train(task(tiny_model, tmp_path / "other", seed=1, **settings))

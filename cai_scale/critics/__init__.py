@@ -7,7 +7,7 @@ from cai_scale.constitution import Constitution
 from cai_scale.errors import ConfigError
 from cai_scale.records import Score
 
-NAMES = ("lexicon",)
+NAMES = ("lexicon", "reward:PATH")
 
 
 class Critic(Protocol):
@@ -20,22 +20,66 @@ class Critic(Protocol):
         ...
 
 
-def load_critic(name: str, constitution: Constitution) -> Critic:
-    """The critic of that name.
+def load_critic(name: str, constitution: Constitution, model: str | None = None) -> Critic:
+    """The critic of that name, guarded; its weights are loaded when it first scores.
+
+    Args:
+        name: "lexicon"; "reward:PATH", a reward model's run, its folder, or a bundle that has
+            one; or several with weights, such as "lexicon*0.5+reward:PATH*0.5".
+        model: the policy's; a reward model must read text as it does.
 
     Raises:
-        ConfigError: there is none; the message lists those that exist.
+        CaiError: there is no such critic, or it does not fit the constitution or the policy.
     """
+    from cai_scale.critics.guard import Checked
+    from cai_scale.critics.weighted import WeightedCritic, parse
+
+    parts = [(_load(part, constitution, model), weight) for part, weight in parse(name)]
+    return Checked(parts[0][0] if len(parts) == 1 else WeightedCritic(name, parts))
+
+
+def check(name: str, constitution: Constitution, model: str | None = None) -> None:
+    """Complain about a critic without loading its weights; arguments and errors are those of
+    `load_critic`."""
+    load_critic(name, constitution, model)
+
+
+def identity(name: str) -> dict[str, str]:
+    """The SHA-256 of each reward model in a critic, by its name; the lexicon is the constitution's.
+
+    Raises:
+        CaiError: there is no such critic, or its files are missing.
+    """
+    from cai_scale.critics.weighted import parse
+
+    return {part: _identity(part) for part, _ in parse(name) if part != "lexicon"}
+
+
+def _load(name: str, constitution: Constitution, model: str | None) -> Critic:
+    kind, _, path = name.partition(":")
     if name == "lexicon":
         from cai_scale.critics.lexicon import LexiconCritic
 
         return LexiconCritic(constitution)
-    raise ConfigError(f"unknown critic {name!r}; choose one of: {', '.join(NAMES)}")
+    if kind == "reward" and path:
+        from cai_scale.critics.reward import load
+
+        return load(name, path, constitution, model)
+    raise unknown(name)
 
 
-def check(name: str, constitution: Constitution, policy: str) -> None:
-    load_critic(name, constitution)
+def _identity(name: str) -> str:
+    kind, _, path = name.partition(":")
+    if kind != "reward" or not path:
+        raise unknown(name)
+    from cai_scale.critics.reward import identity
+
+    return identity(path)
 
 
-def identity(name: str) -> dict[str, str]:
-    return {"name": name}
+def unknown(name: str) -> ConfigError:
+    """The error for a critic that there is not."""
+    return ConfigError(
+        f"unknown critic {name!r}; choose one of: {', '.join(NAMES)}, or several with weights, "
+        f"such as lexicon*0.5+reward:PATH*0.5"
+    )

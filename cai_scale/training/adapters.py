@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from cai_scale.errors import IntegrityError, MissingError
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -41,17 +43,65 @@ def lora(config: Config, *, task: str = "CAUSAL_LM", whole: Sequence[str] = ()) 
     )
 
 
+def adapt(model: "PreTrainedModel", settings: "LoraConfig", *, seed: int) -> "PeftModel":
+    """Put a new adapter on a model, with the same random numbers on every rank.
+
+    Its weights are fp32, but under ZeRO-3, which gathers parameters of one format together and
+    keeps fp32 copies itself.
+    """
+    from peft import get_peft_model
+    from transformers import set_seed
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    set_seed(seed)
+    sharded = is_deepspeed_zero3_enabled()
+    adapted = get_peft_model(model, settings, autocast_adapter_dtype=not sharded)
+    if not sharded:  # peft leaves out what is trained whole
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return adapted
+
+
 def load_into(model: "PeftModel", folder: Path) -> None:
     """Give a model whose adapter is new the weights of a saved one, to train on.
+
+    The adapter of a policy has no score head: where it starts a reward model, the head stays new.
 
     Raises:
         IntegrityError: the saved adapter has other layers or shapes.
     """
-    from peft import set_peft_model_state_dict
+    import torch
     from safetensors.torch import load_file
 
-    check_adapter(folder, adapter_shapes(model))
-    set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    expected = adapter_shapes(model)
+    if json.loads((folder / CONFIG).read_text("utf-8")).get("task_type") == "CAUSAL_LM":
+        expected = {name: shape for name, shape in expected.items() if ".lora_" in name}
+    check_adapter(folder, expected)
+    saved = load_file(folder / WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if _saved_name(name) in expected:
+                with gathered(parameter):
+                    parameter.copy_(saved[_saved_name(name)])
+
+
+@contextmanager
+def gathered(parameter: "torch.nn.Parameter") -> Iterator[None]:
+    """The parameter is whole in this block, which may change it, where ZeRO-3 has it in pieces."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+        yield
+
+
+def _saved_name(name: str) -> str:
+    """What a parameter of a model is called in an adapter's file; a module that is trained whole,
+    such as a score head, has its plain name there."""
+    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
 def keep_only_the_adapter(folder: Path) -> None:
@@ -64,16 +114,12 @@ def keep_only_the_adapter(folder: Path) -> None:
 def adapter_shapes(model: "PeftModel") -> Shapes:
     """The names and shapes that a saved adapter of this model must have.
 
-    Under ZeRO-3 a parameter lies in pieces, and its whole shape is its `ds_shape`. A module that
-    is trained whole, such as a score head, is saved under its plain name.
+    Under ZeRO-3 a parameter lies in pieces, and its whole shape is its `ds_shape`.
     """
-    whole = ".modules_to_save.default."
     return {
-        name.replace(whole, ".").replace(".default.", "."): tuple(
-            getattr(parameter, "ds_shape", parameter.shape)
-        )
+        _saved_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in model.named_parameters()
-        if ".lora_" in name or whole in name
+        if ".lora_" in name or ".modules_to_save.default." in name
     }
 
 

@@ -10,6 +10,8 @@ from cai_scale.training.batches import plan_batch
 from cai_scale.training.task import Task
 
 if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, Trainer
 
 T = TypeVar("T")
@@ -61,15 +63,51 @@ def policy(task: Task) -> "PreTrainedModel":
     """The model to train, on this rank: the base model, or the whole model to continue from."""
     from cai_scale.training.quantised import four_bits
 
-    config = task.config
+    config, dtype = task.config, _trained_dtype(task)
     if not config.lora:
-        import torch
-
-        # The optimizer moves fp32 weights; mixed precision computes with copies of them.
-        name = str(task.start) if task.start else config.model
-        return models.load_model(name, torch.float32).train()
+        return models.load_model(str(task.start or config.model), dtype).train()
     quantization = four_bits() if config.qlora else None
-    return models.load_model(config.model, task.precision.dtype, quantization=quantization)
+    return models.load_model(config.model, dtype, quantization=quantization)
+
+
+def _trained_dtype(task: Task) -> "torch.dtype":
+    """The format in which the base model is loaded to be trained."""
+    import torch
+
+    # The optimizer moves fp32 weights; mixed precision computes with copies of them.
+    return task.precision.dtype if task.config.lora else torch.float32
+
+
+def scorer(task: Task, labels: Sequence[str]) -> "PreTrainedModel | PeftModel":
+    """The reward model to train, on this rank: the base model, or the whole model to continue
+    from, with a score head, which is new where the model has none; under LoRA with its adapter.
+
+    It has no dropout but LoRA's own, so that a step depends on its rows alone.
+    """
+    from trl.trainer.utils import disable_dropout_in_model
+
+    from cai_scale.training.quantised import four_bits
+    from cai_scale.training.scorer import HEAD
+
+    config = task.config
+    whole = task.start if not config.lora else None
+    model = models.load_scorer(
+        str(whole or config.model),
+        _trained_dtype(task),
+        labels,
+        new_head=True,
+        seed=config.seed,
+        objective=config.objective,
+        quantization=four_bits() if config.qlora else None,
+    )
+    disable_dropout_in_model(model)
+    if not config.lora:
+        return model.train()
+    settings = adapters.lora(config, task="SEQ_CLS", whole=[HEAD])
+    adapted = adapters.adapt(model, settings, seed=config.seed)
+    if config.gradient_checkpointing:  # frozen embeddings would end the way back
+        adapted.enable_input_require_grads()
+    return adapted
 
 
 def fit(

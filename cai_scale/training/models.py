@@ -1,7 +1,8 @@
 """Find and load a language model and its tokenizer: a folder, a hub name, or an alias."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,62 +144,92 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    if quantization is None:
-        return _load_weights(AutoModelForCausalLM, model, dtype)
-    return _load_weights(
-        AutoModelForCausalLM,
-        model,
-        dtype,
-        quantization_config=quantization,
-        device_map={"": device()},
-    )
+    return _load_weights(AutoModelForCausalLM, model, dtype, quantization=quantization)[0]
 
 
 def load_scorer(
-    model: str, dtype: "torch.dtype", labels: Sequence[str], *, new_head: bool = False
+    model: str,
+    dtype: "torch.dtype",
+    labels: Sequence[str],
+    *,
+    new_head: bool = False,
+    seed: int = 0,
+    objective: str = "regression",
+    quantization: "BitsAndBytesConfig | None" = None,
 ) -> "PreTrainedModel":
     """The model with a score head of one output a label, placed as `load_model` does.
 
+    Its forward pass is that of `scorer.Scorer`, not transformers' own.
+
     Args:
         labels: what the head's outputs are called, in order.
-        new_head: whether the head may be new and random: it is then trained, or comes with an
-            adapter.
+        new_head: whether the model may lack a head and get a new one: it is then trained, or
+            comes with an adapter.
+        seed: of a new head's random numbers.
+        objective: what the head is trained to; kept in the model's configuration.
     """
     from transformers import AutoModelForSequenceClassification
 
-    from cai_scale.training.scorer import HEAD
+    from cai_scale.training.scorer import HEAD, pool_by_mask, start_head
 
-    return _load_weights(
+    head = f"{HEAD}.weight"
+    if quantization is not None:
+        quantization.llm_int8_skip_modules = [HEAD]  # it is trained, so not in 4 bits
+    loaded, missing = _load_weights(
         AutoModelForSequenceClassification,
         model,
         dtype,
-        may_lack={f"{HEAD}.weight"} if new_head else set(),
+        may_lack={head} if new_head else set(),
+        quantization=quantization,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
     )
+    loaded.config.objective = objective
+    if head in missing:
+        start_head(loaded, seed)
+    return pool_by_mask(loaded)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Models that are loaded in this block are not sharded, while one that is trained is."""
+    from transformers.integrations import deepspeed
+
+    sharding = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = sharding
 
 
 def _load_weights(
     factory: Any,
     model: str,
     dtype: "torch.dtype",
+    *,
     may_lack: Collection[str] = (),
+    quantization: "BitsAndBytesConfig | None" = None,
     **options: Any,
-) -> "PreTrainedModel":
+) -> "tuple[PreTrainedModel, Collection[str]]":
+    """The model in evaluation mode, and which of `may_lack` it had not."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": device()}}
     loaded, report = _load(
         factory, model, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
     )
-    missing = sorted(set(report["missing_keys"]) - set(may_lack))
-    if missing:  # transformers would fill them with random numbers
+    missing = set(report["missing_keys"])
+    if missing - set(may_lack):  # transformers would fill them with random numbers
         raise IntegrityError(
-            f"model {model} lacks weights, {missing[0]} among them; restore its files"
+            f"model {model} lacks weights, {min(missing - set(may_lack))} among them; restore its "
+            f"files"
         )
-    if not is_deepspeed_zero3_enabled() and "quantization_config" not in options:
+    if not is_deepspeed_zero3_enabled() and quantization is None:
         loaded.to(device())
-    return loaded.eval()
+    return loaded.eval(), missing
 
 
 def device() -> "torch.device":
@@ -246,6 +277,19 @@ def with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
         raise IntegrityError(f"adapter {adapter} does not fit its model ({first})") from None
     check_adapter(adapter, adapter_shapes(adapted))
     return adapted
+
+
+def check_weights(model: str, expected: Mapping[str, str], run: Path) -> None:
+    """Complain about a base model whose files are not those that `run` was trained on.
+
+    Raises:
+        CaiError: the model cannot be found, or has other weights than `expected`.
+    """
+    check(model)
+    if weights_sha256(model) != expected:
+        raise IntegrityError(
+            f"model {model} has other weights than {run} was trained on; restore them"
+        )
 
 
 def weights_sha256(model: str) -> dict[str, str]:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from all_methods import METHODS
+
 from cai_scale.records import read_json, read_jsonl
 from cai_scale.runs import Run
 from cai_scale.verify import verify_run
@@ -48,9 +48,7 @@ def test_every_method_has_trained(runs: dict[str, Run]) -> None:
 def test_methods_start_alike_and_end_apart(runs: dict[str, Run]) -> None:
     before = {runs[method].evaluation("before").read_bytes() for method in ANSWERING}
     assert len(before) == 1
-    adapters = {
-        (run.adapter / "adapter_model.safetensors").read_bytes() for run in runs.values()
-    }
+    adapters = {(run.adapter / "adapter_model.safetensors").read_bytes() for run in runs.values()}
     assert len(adapters) == len(METHODS)
 
 

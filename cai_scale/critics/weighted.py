@@ -1,0 +1,69 @@
+"""Several critics with weights: their names, and the mean of what they say."""
+
+import re
+from collections.abc import Sequence
+from math import isfinite
+
+from cai_scale.critics import Critic
+from cai_scale.errors import ConfigError
+from cai_scale.records import Score
+
+# A plus or a star may stand in a path: only before a critic's name, or a number, does it count.
+_PLUS = re.compile(r"\+(?=lexicon|reward:)")
+_TIMES = re.compile(r"(.+)\*(-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|-?inf)")
+
+
+def parse(name: str) -> list[tuple[str, float]]:
+    """The critics in a name such as "lexicon*0.5+reward:PATH*0.5", and their weights, which sum
+    to 1; a critic without a weight has 1 before they are made to.
+
+    Raises:
+        ConfigError: a weight is not above 0, or two critics have one name.
+    """
+    found: dict[str, float] = {}
+    for part in _PLUS.split(name):
+        match = _TIMES.fullmatch(part)
+        critic, weight = (match[1], float(match[2])) if match else (part, 1.0)
+        if not 0 < weight < float("inf"):
+            raise ConfigError(f"critic {part!r}: expected a weight above 0")
+        if critic in found:
+            raise ConfigError(f"critic {name!r} names {critic!r} twice; add the weights up")
+        found[critic] = weight
+    total = sum(found.values())
+    if not isfinite(total):
+        raise ConfigError(f"critic {name!r}: the weights are too large")
+    return [(critic, weight / total) for critic, weight in found.items()]
+
+
+class WeightedCritic:
+    """The weighted mean of several critics; each principle's is over the critics that score it."""
+
+    def __init__(self, name: str, parts: Sequence[tuple[Critic, float]]) -> None:
+        self.name = name
+        self.parts = parts
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
+        from cai_scale.critics.guard import Checked
+
+        weights = [weight for _, weight in self.parts]
+        columns = [Checked(critic).score(prompts, responses) for critic, _ in self.parts]
+        return [_mean(scores, weights) for scores in zip(*columns, strict=True)]
+
+
+def _mean(scores: Sequence[Score | None], weights: Sequence[float]) -> Score | None:
+    given = [(score, weight) for score, weight in zip(scores, weights, strict=True) if score]
+    if len(given) < len(scores):
+        return None
+    principles = dict.fromkeys(name for score, _ in given for name in score.principles)
+    return Score(
+        {
+            name: _average([(s.principles[name], w) for s, w in given if name in s.principles])
+            for name in principles
+        },
+        _average([(score.overall, weight) for score, weight in given]),
+    )
+
+
+def _average(values: Sequence[tuple[float, float]]) -> float:
+    mean = sum(value * weight for value, weight in values) / sum(weight for _, weight in values)
+    return round(mean, 9)  # as the lexicon's, so that 1 stays 1
