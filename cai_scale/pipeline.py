@@ -9,6 +9,7 @@ from typing import Any
 
 from cai_scale import chain, ranks, results
 from cai_scale.chain import of_round
+from cai_scale.critics.reward import TorchRewardModel
 from cai_scale.errors import MissingError
 from cai_scale.evaluation import protocol
 from cai_scale.job import Job
@@ -22,7 +23,7 @@ from cai_scale.rollout.remote import RemoteSampler
 from cai_scale.rollout.sampler import Sampler, TransformersSampler
 from cai_scale.runtime.bundle import open_bundle
 from cai_scale.runtime.generate import Policy
-from cai_scale.training import models
+from cai_scale.training import models, rewards
 from cai_scale.training.task import Task
 
 STAGES = ("collect", "train", "evaluate")
@@ -116,6 +117,8 @@ def evaluate(job: Job) -> None:
         raise MissingError(
             f"{job.run.path} has trained nothing to evaluate; do that with 'cai-scale train'"
         )
+    if job.config.method == "reward":
+        return evaluate_reward(job)
     with _answering(job, None) as answering:
         before = _answer_heldout(job, "before", answering)
     with _answering(job, product) as answering:
@@ -127,6 +130,45 @@ def evaluate(job: Job) -> None:
         digest = chain.finish(job.run, summary)
         print_summary(summary, job.constitution)
         print(f"report: {job.run.report}\nchain sha256: {digest}")
+
+
+def evaluate_reward(job: Job) -> None:
+    """Let the reward model score new answers to the held-out prompts, beside the critic."""
+    from cai_scale.evaluation.rewards import print_rewards
+
+    product, run = job.run.evaluation("predicted"), job.run
+    with job.stage("evaluate"), _answering(job, None) as answering:
+        responses = results.reward_answers(
+            job.config, job.heldout, run, answering(job.config), job.ranks
+        )
+        file = run.evaluation("rewards")
+        text = {prompt.id: prompt.text for prompt in job.heldout}
+        asked = [text[response.prompt_id] for response in responses]
+        scores = results.score_once(
+            job.critic, asked, responses, run.round(1).scores(file), job.ranks
+        )
+        answers = results.scored(job.heldout, responses, scores)
+        if job.ranks.main and not product.exists():
+            model = TorchRewardModel(rewards.of_run(run, job.constitution))
+            texts = [answer.response.text for answer in answers]
+            outputs = model.raw([answer.prompt.text for answer in answers], texts).tolist()
+            write_jsonl(
+                product,
+                (
+                    {
+                        "prompt_id": answer.prompt.id,
+                        "sample": answer.response.sample,
+                        "predicted": dict(zip(model.labels, row, strict=True)),
+                    }
+                    for answer, row in zip(answers, outputs, strict=True)
+                ),
+            )
+        ranks.wait_for(product)
+    if job.ranks.main:
+        summary = results.reward_summary(job.config, run, job.constitution, answers)
+        digest = chain.finish(run, summary)
+        print_rewards(summary["reward"])
+        print(f"chain sha256: {digest}")
 
 
 def _start(job: Job, number: int) -> Path | None:

@@ -14,7 +14,7 @@ from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import CaiError, GateError
 from cai_scale.preferences.pairs import read_pairs
 from cai_scale.ranks import Ranks
-from cai_scale.records import Completion, Prompt, Response, Score, read_json, read_records
+from cai_scale.records import Answer, Completion, Prompt, Response, Score, read_json, read_records
 from cai_scale.rollout.sampler import Request
 from cai_scale.runs import Run
 
@@ -138,10 +138,26 @@ class Replay:
         _same(read_json(files.audit), figures, "audit.json")
         return f"{len(pairs)} pairs and their audit, rebuilt from the answers"
 
+    @functools.cached_property
+    def rewarded(self) -> list[Answer]:
+        product = self.run.evaluation("rewards")
+        file = self.run.round(1).scores(product)
+        for path in (product, file, self.run.evaluation("predicted")):
+            _require(path)
+        responses = results.reward_answers(self.config, self.heldout, self.run, _Stored(), Ranks())
+        asked = [""] * len(responses)
+        scores = results.score_once(_Stored(), asked, responses, file, Ranks())
+        return results.scored(self.heldout, responses, scores)
+
     def rewards(self) -> str:
-        raise NotImplementedError
+        said = f"{len(self.rewarded)} answers, as they were asked for"
+        return f"{said}; {self._scored_again(self.run.evaluation('rewards'))}"
 
     def summary(self) -> str:
+        if self.config.method == "reward":
+            again = results.reward_summary(self.config, self.run, self.constitution, self.rewarded)
+            _same(read_json(self.run.summary), again, "summary.json")
+            return f"figures over {again['reward']['n']} answers recomputed"
         answered = results.answered(
             self.evaluator, self.heldout, self.answers("before"), self.answers("after")
         )
@@ -153,7 +169,7 @@ class Replay:
         """The stored scores of stored answers are what the lexicon gives; it alone is at hand."""
         if self.config.critic != "lexicon":
             return f"scores as {self.config.critic} gave them"
-        text = {prompt.id: prompt.text for prompt in self.prompts}
+        text = {prompt.id: prompt.text for prompt in (*self.prompts, *self.heldout)}
         responses = read_records(product, lambda record: Response(**record))
         again = self.evaluator.score(
             [text[r.prompt_id] for r in responses], [r.text for r in responses]

@@ -9,6 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cai_scale.config import Config
 from cai_scale.constitution import Constitution
 from cai_scale.critics import Critic
@@ -16,6 +19,7 @@ from cai_scale.critics.complaint import RevisionRules
 from cai_scale.errors import DataError
 from cai_scale.evaluation import protocol
 from cai_scale.evaluation.compare import Answered, compare, drift, slices
+from cai_scale.evaluation.rewards import rewards
 from cai_scale.preferences.audit import audit
 from cai_scale.preferences.pairs import build_pairs
 from cai_scale.ranks import Ranks, wait_for
@@ -164,6 +168,53 @@ def heldout(
         ranks=ranks,
         title=f"answering {when}",
     )
+
+
+def reward_answers(
+    config: Config, prompts: Sequence[Prompt], run: Run, sampler: Sampler, ranks: Ranks
+) -> list[Response]:
+    """Answers to the held-out prompts for a reward model to score, sampled as those to train on."""
+    requests = requests_for(
+        prompts, config.temperatures, samples=config.samples, seed=config.seed, round=1
+    )
+    return collect(
+        sampler,
+        requests,
+        run.evaluation("rewards"),
+        batch_size=config.rollout_batch_size,
+        ranks=ranks,
+        title="answering",
+    )
+
+
+def predicted(run: Run, answers: Sequence[Answer]) -> tuple[list[str], NDArray[np.float64]]:
+    """The stored outputs of a reward model for answers: its labels, and [answers, labels].
+
+    Raises:
+        DataError: they are of other answers.
+    """
+    file = run.evaluation("predicted")
+    rows = read_records(file, lambda row: ((row["prompt_id"], row["sample"]), row["predicted"]))
+    if [key for key, _ in rows] != [(a.prompt.id, a.response.sample) for a in answers]:
+        raise DataError(f"{file} does not hold the scores of its answers; remove it")
+    labels = list(rows[0][1]) if rows else []
+    return labels, np.array([[row[label] for label in labels] for _, row in rows])
+
+
+def reward_summary(
+    config: Config, run: Run, constitution: Constitution, answers: Sequence[Answer]
+) -> dict[str, Any]:
+    """The content of `summary.json` of a reward model."""
+    labels, outputs = predicted(run, answers)
+    figures = rewards(
+        answers,
+        outputs,
+        labels,
+        margin=config.margin,
+        constitution=constitution,
+        objective=config.objective,
+    )
+    return {**_about(config, run, constitution), "reward": figures, **cost(run)}
 
 
 def answered(

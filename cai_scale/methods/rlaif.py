@@ -29,7 +29,8 @@ from cai_scale.records import Answer
 from cai_scale.runs import Trained
 from cai_scale.training import adapters, fit, reward_head
 from cai_scale.training.models import load_tokenizer
-from cai_scale.training.scorer import HEAD, positions
+from cai_scale.training.positions import positions
+from cai_scale.training.scorer import HEAD
 from cai_scale.training.task import Task
 
 

@@ -12,13 +12,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from cai_scale.errors import IntegrityError
 from cai_scale.records import read_json, write_json
 from cai_scale.training import adapters
-from cai_scale.training.scorer import HEAD, at_last_token
+from cai_scale.training.scorer import HEAD, Head, at_last_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,20 +25,6 @@ if TYPE_CHECKING:
 BACKBONE = "score_backbone"  # the copy that predicts in the policy's place, where there is one
 PREDICTED = "predicted"
 INDEX = "model.safetensors.index.json"
-
-
-class RewardHead(nn.Linear):
-    """One linear output, computed in fp32 whatever the model computes in."""
-
-    def forward(self, states: Tensor) -> Tensor:
-        """[rows, 1], fp32.
-
-        Args:
-            states: [rows, hidden].
-        """
-        with torch.autocast(states.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return nn.functional.linear(states.float(), self.weight.float(), bias)
 
 
 def attach(
@@ -56,7 +41,7 @@ def attach(
         detached: the head's gradient stops at the states.
     """
     config = model.config.get_text_config()
-    model.score = RewardHead(config.hidden_size, 1, device=model.device)
+    model.score = Head(config.hidden_size, 1, device=model.device)
     # As transformers starts its heads.
     nn.init.normal_(model.score.weight, std=getattr(config, "initializer_range", 0.02))
     nn.init.zeros_(model.score.bias)

@@ -10,6 +10,7 @@ from cai_scale import runs
 from cai_scale.constitution import Constitution
 from cai_scale.errors import ConfigError, IntegrityError, MissingError
 from cai_scale.records import read_json
+from cai_scale.runs import Run
 from cai_scale.training import adapters, models
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def find(path: Path, constitution: Constitution) -> Source:
         )
     config = read_json(path / "config.json")
     if "settings" in config:
-        return _in_run(path, constitution)
+        return of_run(runs.finished(path), constitution)
     return _in_folder(path, config, constitution)
 
 
@@ -78,12 +79,12 @@ def load(source: Source, dtype: "torch.dtype") -> "PreTrainedModel":
     return model if source.adapter is None else models.with_adapter(model, source.adapter)
 
 
-def _in_run(path: Path, constitution: Constitution) -> Source:
-    run = runs.finished(path)
+def of_run(run: Run, constitution: Constitution) -> Source:
+    """The reward model that a run has trained; the run need not be finished. Raises as `find`."""
     trained = constitutions.from_dict(read_json(run.constitution), str(run.constitution))
     if trained.sha256 != constitution.sha256:
         raise ConfigError(
-            f"reward model {path} was trained towards another constitution ({trained.name}) than "
+            f"reward model {run.path} was trained towards another constitution ({trained.name}) than "
             f"this one ({constitution.name}); name a reward model of the same"
         )
     settings = run.settings()
@@ -101,7 +102,7 @@ def _in_run(path: Path, constitution: Constitution) -> Source:
     outputs = _outputs(run.adapter, _shapes(run.adapter / adapters.WEIGHTS), ADAPTED_HEAD)
     labels = OVERALL if outputs == 1 else labels_of("principles", trained)
     _check_outputs(run.adapter, outputs, labels)
-    return Source(path, settings["model"], run.adapter, labels, objective)
+    return Source(run.path, settings["model"], run.adapter, labels, objective)
 
 
 def _in_folder(path: Path, config: Mapping[str, Any], constitution: Constitution) -> Source:

@@ -13,20 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cai_scale.training.positions import positions
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.modeling_outputs import SequenceClassifierOutput
 
 HEAD = "score"  # what transformers calls the head of every causal sequence classifier
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """The place of each token in its row, counted from 0: [rows, tokens], int64.
-
-    Args:
-        attention_mask: [rows, tokens], int64; 0 marks padding, on either side.
-    """
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def at_last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
