@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from all_methods import METHODS
 
 from cai_scale.records import read_json, read_jsonl
 from cai_scale.runs import Run
@@ -16,6 +15,7 @@ from tiny import save_tiny_gpt2
 pytestmark = pytest.mark.slow
 
 WORKER = str(Path(__file__).parent / "all_methods.py")
+METHODS = ("sft", "reward", "dpo", "rlaif", "grpo")
 ANSWERING = [method for method in METHODS if method != "reward"]
 
 
