@@ -124,6 +124,14 @@ def test_a_trained_run_scores_and_its_bundle_scores_alike(
     assert [graph.encode(*text) for text in zip(ASKED, TEXTS, strict=True)] == tokenised
 
 
+def test_a_reward_model_is_not_exported_as_a_policy(reward_run: Path) -> None:
+    result = run_python("-m", "cai_export.cli", "--merge-lora", "--run", str(reward_run))
+    assert result.returncode == 2
+    assert "trained a reward model, which scores and does not answer" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (reward_run / "bundle").exists()
+
+
 def test_the_trainer_reads_what_the_runtime_reads(scoring: Path, finished_run: Any) -> None:
     from cai_scale.methods.reward import encode
     from cai_scale.training.models import load_tokenizer
