@@ -139,8 +139,10 @@ def test_logged_figures_by_hand(either: Path, tmp_path: Path) -> None:
     given = task(either, tmp_path / "again", rows)
     head = dict(rlaif.policy(given).named_parameters())
     head = {
-        k.rsplit(".", 1)[1]: v.detach().double().numpy()[0] for k, v in head.items() if "default" in k and "score" in k
-    }  # fmt: skip
+        name.rsplit(".", 1)[1]: value.detach().double().numpy()[0]
+        for name, value in head.items()
+        if "default" in name and "score" in name
+    }
     plain, tokenizer = load_model(str(either), torch.float32), load_tokenizer(str(either))
     lm, predicted = [], []
     for row in rlaif.rows(rows, tokenizer, 512):

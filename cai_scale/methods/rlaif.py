@@ -149,7 +149,7 @@ def loss(lm: Tensor, predicted: Tensor, scores: Tensor, weight: float) -> Tensor
     return (lm + weight * (predicted - scores) ** 2).mean()
 
 
-class RewardedTrainer(Trainer):  # type: ignore[misc]
+class RewardedTrainer(Trainer):
     """transformers' Trainer with this loss, and with its parts in the logs."""
 
     # Each micro-batch gives its mean, and there are as many rows in one as in the next.

@@ -84,8 +84,8 @@ def of_run(run: Run, constitution: Constitution) -> Source:
     trained = constitutions.from_dict(read_json(run.constitution), str(run.constitution))
     if trained.sha256 != constitution.sha256:
         raise ConfigError(
-            f"reward model {run.path} was trained towards another constitution ({trained.name}) than "
-            f"this one ({constitution.name}); name a reward model of the same"
+            f"reward model {run.path} was trained towards another constitution ({trained.name}) "
+            f"than this one ({constitution.name}); name a reward model of the same"
         )
     settings = run.settings()
     objective = str(settings.get("objective", "regression"))

@@ -77,5 +77,9 @@ def test_the_reward_model_scores_in_the_bundle(runs: dict[str, Run]) -> None:
 
 def test_a_reward_run_has_its_own_figures(runs: dict[str, Run]) -> None:
     summary = read_json(runs["reward"].summary)
-    assert {"accuracy", "spearman", "calibration"} <= summary["reward"].keys()
+    figures = summary["reward"]["labels"]["overall"]
+    assert figures["pairs"] > 0
+    assert 0 <= figures["accuracy"] <= 1
+    assert -1 <= figures["spearman"] <= 1
+    assert sum(part["n"] for part in figures["bins"]) == summary["reward"]["n"]
     assert "win" not in summary
