@@ -116,13 +116,16 @@ def rows(
     return found
 
 
-def batch(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Tensor]:
-    """Rows padded on the right: `input_ids`, `attention_mask`, [rows, tokens]; `scores`, [rows]."""
+def batch(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
+    """Rows padded on the right: `input_ids` and `attention_mask`, [rows, tokens], int64.
+
+    `scores` are plain numbers: a tensor of them would be rounded to bf16 under DeepSpeed.
+    """
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "scores": torch.tensor([row["score"] for row in rows], dtype=torch.float32),
+        "scores": [row["score"] for row in rows],
     }
 
 
@@ -160,8 +163,9 @@ class RewardedTrainer(Trainer):
         self.weight = weight
         self._seen: list[Tensor] = []
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], **_: Any) -> Tensor:
-        ids, mask, scores = (inputs[key] for key in ("input_ids", "attention_mask", "scores"))
+    def compute_loss(self, model: Any, inputs: dict[str, Any], **_: Any) -> Tensor:
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        scores = torch.tensor(inputs["scores"], device=ids.device)
         outputs = model(
             input_ids=ids,
             attention_mask=mask,

@@ -110,10 +110,10 @@ def _gathered(model: nn.Module) -> Any:
 
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     parts = [p for name, p in model.named_parameters() if part_of_head(name)]
-    return GatheredParameters(parts, modifier_rank=0)
+    return deepspeed.zero.GatheredParameters(parts, modifier_rank=0)
 
 
 def split(product: Path, head: Path) -> None:
