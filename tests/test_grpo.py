@@ -48,20 +48,20 @@ class Letters:
 
 
 def task(model: Path, folder: Path, **changes: Any) -> Task:
-    given = {
-        name: changes.pop(name) for name in ("critic", "sampler", "prompts") if name in changes
-    }
+    names = ("critic", "sampler", "prompts", "ranks", "ds_config")
+    given = {name: changes.pop(name) for name in names if name in changes}
     settings: dict[str, Any] = {
         **{"batch_size": 2, "micro_batch_size": 3, "samples": 4, "max_new_tokens": 10},
         **{"epochs": 1.0, "learning_rate": 3e-3, "lora_r": 4, "temperatures": (0.7, 0.9)},
     }
     return Task(
         config=Config(method="grpo", model=str(model), **settings | changes),
-        ranks=Ranks(),
         precision=Precision("fp32", "test"),
-        ds_config=None,
         into=Trained(folder),
-        **{"prompts": prompts(), "critic": Letters()} | given,
+        **{
+            **{"prompts": prompts(), "critic": Letters(), "ranks": Ranks(), "ds_config": None},
+            **given,
+        },
     )
 
 
