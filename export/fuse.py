@@ -13,6 +13,7 @@ from cai_scale.runtime.graph import KEPT
 
 if TYPE_CHECKING:
     import onnx_ir
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 # The builder's class for each architecture whose fused graph was seen to answer as torch does.
