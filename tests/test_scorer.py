@@ -449,6 +449,22 @@ def test_the_bundle_says_that_it_has_a_reward_model(scoring: Path) -> None:
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= files
 
 
+def test_the_runtime_reads_the_fused_graph_where_there_is_one(scoring: Path) -> None:
+    bundle = open_bundle(scoring)
+    for variant, files in layout.REWARD_VARIANTS.items():
+        assert bundle.reward_graph(variant) == scoring / files["fused"]
+        assert files["fused"] in bundle.manifest["files"]
+    without = json.loads(json.dumps(bundle.manifest))
+    for files in without["reward"]["variants"].values():
+        del files["fused"]
+    alone = replace(bundle, manifest=without)
+    assert alone.reward_graph() == scoring / layout.REWARD_VARIANTS["q8"]["graph"]
+    # Both say the same.
+    prompts, responses = zip(*TEXTS, strict=True)
+    found = [RewardModel(b, "fp32").raw(prompts, responses) for b in (bundle, alone)]
+    assert 0 < np.abs(found[0] - found[1]).max() < 1e-4
+
+
 TEXTS = [("Why?", "Rain."), ("How?", "word " * 90), ("Xin chào", "Trời mưa."), ("a", "<|im_end|>")]
 
 
@@ -533,12 +549,12 @@ def test_a_manifest_whose_reward_model_does_not_fit_is_refused(
 
 def test_a_changed_reward_model_is_refused(scoring: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(scoring, tmp_path / "bundle"))
-    graph = copy / layout.REWARD_VARIANTS["q8"]["graph"]
+    graph = copy / layout.REWARD_VARIANTS["q8"]["fused"]
     graph.write_bytes(b"nothing")
     with pytest.raises(IntegrityError, match="differs from what was exported"):
         open_bundle(copy)
     manifest = read_json(copy / layout.MANIFEST)
-    manifest["files"][layout.REWARD_VARIANTS["q8"]["graph"]] = sha256(graph)
+    manifest["files"][layout.REWARD_VARIANTS["q8"]["fused"]] = sha256(graph)
     write_json(copy / layout.MANIFEST, manifest)
     with pytest.raises(IntegrityError, match="cannot be loaded"):
         RewardModel(open_bundle(copy))
