@@ -422,7 +422,7 @@ def test_what_saves_memory_trains_alike(
 
 
 def test_the_head_computes_in_fp32_under_autocast() -> None:
-    head = reward_head.RewardHead(64, 1)
+    head = reward_head.Head(64, 1)
     states = torch.randn(3, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         found, plain = head(states), torch.nn.Linear(64, 1)(states)
