@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cai_export import weights
-from cai_export.quantise import quantise
-from cai_export.scorer import trace_scorer
+from cai_export.scorer import write_graphs
 from cai_export.scorer_parity import order_agreement, spearman
 from common import MODEL, in_turn, seconds, write
 
@@ -88,13 +86,11 @@ def fit(model: Any, texts: Texts, targets: np.ndarray) -> None:
 
 def compare(model: Any, texts: Texts, targets: Sequence[float], folder: Path) -> dict[str, Any]:
     """Times in seconds for all texts, each contestant at its best batch size, and agreement."""
-    paths = {"fp32": folder / "model.onnx", "q8": folder / "model_quantized.onnx"}
-    graph = trace_scorer(model)
-    weights.save({paths["fp32"]: graph})
-    weights.save(dict(zip([paths["q8"]], quantise([graph], 8), strict=True)))
     contestants: dict[str, Score] = {"torch fp32": torch_scores(Scorer(model))}
-    for name, path in paths.items():
-        contestants[f"onnx {name}"] = graph_scores(ScorerGraph(path))
+    for name, files in write_graphs(model, folder).items():
+        # As the runtime chooses: the fused graph where there is one.
+        graph = ScorerGraph(folder / files.get("fused", files["graph"]))
+        contestants[f"onnx {name}"] = graph_scores(graph)
     best = {name: best_limit(score, texts) for name, score in contestants.items()}
     times = in_turn(
         {

@@ -102,7 +102,7 @@ def export(
         *(folder, run, constitution),
         {variant.name: variant.files for variant in kept},
         default.name,
-        None if source is None else describe(source),
+        None if source is None else describe(scorer),
     )
     answers = {**dict.fromkeys(asked), asked[-1]: answer}
     check_answers(open_bundle(folder), merged.tokenizer, answers)

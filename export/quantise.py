@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     import onnx_ir
 
 HEAD_BITS = 8  # the head chooses the token, and the embedding is often the same matrix
+LEVELS = 63  # of a part of an activation, on either side of its zero
 DOMAIN = "com.microsoft"
+# What products of one input share, made at the first of them.
+Prepared = dict["onnx_ir.Value | None", list["onnx_ir.Value"]]
 
 
 def quantise(
@@ -28,7 +31,7 @@ def quantise(
         bits: 4 or 8; the head and the embedding take 8, rounded to nearest.
         method: one of `rounding.METHODS`.
         accuracy_level: of the products: 4 rounds each row's activations to 8 bits, in blocks; 0
-            keeps them.
+            keeps them. By the method "columns", products are in integers; see `_split`.
     """
     quantiser = _Quantiser(bits, method, accuracy_level)
     return [quantiser.copy(model) for model in models]
@@ -40,18 +43,17 @@ class _Quantiser:
         self._done: dict[tuple[str, bool, int, str], list[Array]] = {}
 
     def copy(self, model: "onnx_ir.Model") -> "onnx_ir.Model":
-        import onnx_ir
         from onnx_ir.convenience import replace_nodes_and_values
         from onnx_ir.passes import common
 
         copied = model.clone()
         graph = copied.graph
-        sums: dict[onnx_ir.Value | None, onnx_ir.Value] = {}
+        prepared: Prepared = {}
         graph.opset_imports[DOMAIN] = 1
         for node in list(graph):
             new = None
             if node.op_type == "MatMul":
-                new = self._product(graph, node, sums)
+                new = self._product(graph, node, prepared)
             elif node.op_type == "Gather" and node.inputs[1] in graph.inputs:
                 new = self._lookup(graph, node)
             if new is not None:
@@ -63,17 +65,15 @@ class _Quantiser:
         self,
         graph: "onnx_ir.Graph",
         node: "onnx_ir.Node",
-        sums: "dict[onnx_ir.Value | None, onnx_ir.Value]",
+        prepared: Prepared,
     ) -> "onnx_ir.Node | None":
-        """x·W of a constant W, which may stand transposed in the graph.
-
-        Args:
-            sums: inputs of products → the same with the sums of their blocks; is added to.
-        """
+        """x·W of a constant W, which may stand transposed in the graph."""
         weight, transposed = _constant(node.inputs[1])
         if weight is None:
             return None
         head = node.outputs[0].name == "logits"
+        if self.method == "columns":
+            return None if head else self._integer_product(graph, node, prepared)
         bits, method = (HEAD_BITS, "nearest") if head else (self.bits, self.method)
         rows, columns = reversed(_shape(weight)) if transposed else _shape(weight)
         left = node.inputs[0]
@@ -81,14 +81,39 @@ class _Quantiser:
             method = "nearest-asymmetric"
         arrays = self._quantised(weight, transposed, bits, method)
         if method == "offsets":
-            if left not in sums:
-                sums[left] = _with_sums(graph, node, rows // BLOCK)
-            left = sums[left]
+            if left not in prepared:
+                prepared[left] = [_with_sums(graph, node, rows // BLOCK)]
+            (left,) = prepared[left]
             rows += copies(rows // BLOCK) * (rows // BLOCK)
         settings = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK}
         settings["accuracy_level"] = self.accuracy_level
         inputs = [left, *_initialise(graph, weight, arrays)]
         return _node("MatMulNBits", inputs, settings, node.name)
+
+    def _integer_product(
+        self, graph: "onnx_ir.Graph", node: "onnx_ir.Node", prepared: Prepared
+    ) -> "onnx_ir.Node":
+        """x·W as the sum of two products in integers: the parts of x, by W rounded by columns."""
+        import onnx_ir
+
+        weight, transposed = _constant(node.inputs[1])
+        assert weight is not None
+        arrays = self._quantised(weight, transposed, 8, "columns")
+        columns, scales = _initialise(graph, weight, arrays, "columns")
+        left = node.inputs[0]
+        if left not in prepared:
+            prepared[left] = _split(graph, node)
+        largest, zero, *parts = prepared[left]
+        products = [
+            _node(
+                "MatMulIntegerToFloat", [part, columns, step, scales, zero], {}, f"{node.name}/{i}"
+            )
+            for i, (part, step) in enumerate(zip(parts[::2], parts[1::2], strict=True))
+        ]
+        total = onnx_ir.node("Add", [product.outputs[0] for product in products])
+        total.name = f"{node.name}/total"
+        graph.insert_before(node, [*products, total])
+        return onnx_ir.node("Mul", [total.outputs[0], largest], name=node.name)
 
     def _lookup(self, graph: "onnx_ir.Graph", node: "onnx_ir.Node") -> "onnx_ir.Node | None":
         """A token's row of a constant embedding: the head's blocks where it is tied."""
@@ -152,6 +177,39 @@ def _with_sums(graph: "onnx_ir.Graph", product: "onnx_ir.Node", blocks: int) -> 
     joined = onnx_ir.node("Concat", parts, {"axis": -1}, name=f"{name}/joined")
     graph.insert_before(product, [split, total, joined])
     return joined.outputs[0]
+
+
+def _split(graph: "onnx_ir.Graph", product: "onnx_ir.Node") -> "list[onnx_ir.Value]":
+    """A product's input as its rows' largest values × two parts of 7 bits, a high and a low one.
+
+    One part alone loses more than weights of 8 bits do: a token's activations differ too much in
+    size. Parts of 8 bits would overflow on processors that add products in 16 bits.
+
+    Returns:
+        The largest values, the zero point of the parts, and each part with its step.
+    """
+    import onnx_ir
+
+    left = product.inputs[0]
+    nodes: list[onnx_ir.Node] = []
+
+    def add(kind: str, *inputs: "onnx_ir.Value | None", **settings: int) -> "onnx_ir.Value":
+        name = f"{product.name}/split/{kind}_{len(nodes)}"
+        nodes.append(onnx_ir.node(kind, inputs, settings, name=name))
+        return nodes[-1].outputs[0]
+
+    high_step = _constant_of(graph, "high_step", np.array(1 / LEVELS, np.float32))
+    low_step = _constant_of(graph, "low_step", np.array(0.5 / LEVELS**2, np.float32))
+    zero = _constant_of(graph, "part_zero", np.array(LEVELS + 1, np.uint8))
+    axis = _constant_of(graph, "last_axis", np.array([-1], np.int64))
+    tiny = _constant_of(graph, "smallest_scale", np.array(np.finfo(np.float32).tiny, np.float32))
+    largest = add("Max", add("ReduceMax", add("Abs", left), axis, keepdims=1), tiny)
+    scaled = add("Div", left, largest)
+    high = add("QuantizeLinear", scaled, high_step, zero)
+    rest = add("Sub", scaled, add("DequantizeLinear", high, high_step, zero))
+    low = add("QuantizeLinear", rest, low_step, zero)
+    graph.insert_before(product, nodes)
+    return [largest, zero, high, high_step, low, low_step]
 
 
 def _constant_of(graph: "onnx_ir.Graph", name: str, array: Array) -> "onnx_ir.Value":

@@ -11,7 +11,7 @@ Array = NDArray[Any]
 
 BLOCK = 32
 COLUMNS = 512  # rounded at once, so that they stay in the processor's cache
-METHODS = ("nearest", "nearest-asymmetric", "k-quant", "hqq", "offsets")
+METHODS = ("nearest", "nearest-asymmetric", "k-quant", "hqq", "offsets", "columns")
 
 
 # The library packs the zero points of k-quant wrongly for an odd number of blocks in a row.
@@ -24,13 +24,17 @@ def quantise_matrix(weight: Array, bits: int, method: str) -> list[Array]:
     Args:
         weight: float32.
         bits: 4 or 8.
-        method: of `METHODS`; "offsets" is for 4 bits, and for whole blocks.
+        method: of `METHODS`; "offsets" is for 4 bits, and for whole blocks; "columns" is for 8
+            bits, and has a scale a column instead of blocks.
 
     Returns:
         What MatMulNBits takes beside its input: weights [out, blocks, bytes of a block], scales
         [out, blocks] and, by the methods that are not symmetric, zero points [out, …]. By
         "offsets" they are for an input that is followed by `copies` times the sums of its blocks.
+        By "columns": int8 weights [in, out] and scales [out], for products in integers.
     """
+    if method == "columns":
+        return _by_columns(weight)
     if method == "offsets":
         return _with_offsets(*quantise_matrix(weight, bits, "hqq"))
     rows, columns = weight.shape
@@ -52,6 +56,12 @@ def copies(blocks: int) -> int:
     """How often the sums of an input's blocks follow it, for the method "offsets": once, until a
     block is full, and once more."""
     return 2 + -(-(-blocks % BLOCK) // blocks)
+
+
+def _by_columns(weight: Array) -> list[Array]:
+    scales = np.abs(weight).max(0) / np.float32(127)
+    scales[scales == 0] = 1
+    return [np.round(weight / scales).astype(np.int8), scales]
 
 
 def _with_offsets(packed: Array, scales: Array, zeros: Array) -> list[Array]:

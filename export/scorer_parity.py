@@ -38,43 +38,54 @@ class Case:
 CASES = (Case("alone", 1, True), Case("left", BATCH, True), Case("right", BATCH, False))
 
 
-def check_exact(
-    path: Path, model: "PreTrainedModel", sequences: Sequence[Sequence[int]]
-) -> dict[str, Any]:
-    """Compare the fp32 graph with torch: rows alone, and padded on either side.
+class Texts:
+    """Sequences, and what torch says of them: [sequences, labels]."""
+
+    def __init__(self, model: "PreTrainedModel", sequences: Sequence[Sequence[int]]) -> None:
+        self.sequences = sequences
+        self.expected: Array = scores(model, sequences).numpy()
+
+
+def check_exact(kind: str, path: Path, texts: Texts) -> dict[str, Any]:
+    """Compare an fp32 graph with torch: rows alone, and padded on either side, or on the right
+    alone where it is fused.
+
+    Args:
+        kind: of the graph, "graph" or "fused".
 
     Raises:
         GateError: a score differs by more than `MAX_DELTA`.
     """
-    graph, expected = ScorerGraph(path), scores(model, sequences).numpy()
-    deltas = {case.name: _largest(_run(graph, sequences, case) - expected) for case in CASES}
+    found = _run(kind, path, texts)
+    deltas = {case: _largest(values - texts.expected) for case, values in found.items()}
     worst = float(np.max(list(deltas.values())))
     if not worst <= MAX_DELTA:  # so that a NaN fails
         raise GateError(
-            f"the reward model's fp32 graph differs from torch by {worst:.2e}, over "
+            f"the reward model's fp32 {kind} differs from torch by {worst:.2e}, over "
             f"{MAX_DELTA:.0e}: {deltas}; no bundle was written"
         )
-    return {"max_abs_delta": deltas, "bound": MAX_DELTA, "texts": len(sequences)}
+    return {"max_abs_delta": deltas, "bound": MAX_DELTA, "texts": len(texts.sequences)}
 
 
-def check_close(
-    path: Path, model: "PreTrainedModel", sequences: Sequence[Sequence[int]]
-) -> dict[str, Any]:
+def check_close(kind: str, path: Path, texts: Texts) -> dict[str, Any]:
     """Compare a quantised graph with torch: how far its scores are, and whether it orders texts
     alike; and how far a row's score moves when it is padded in a batch.
+
+    Args:
+        kind: as of `check_exact`.
 
     Raises:
         GateError: a bound does not hold, or there are too few texts to say.
     """
-    if len(sequences) < MIN_TEXTS:
-        raise GateError(f"{len(sequences)} texts are too few for parity, under {MIN_TEXTS}")
-    graph, expected = ScorerGraph(path), scores(model, sequences).numpy()
-    found = {case.name: _run(graph, sequences, case) for case in CASES}
+    count = len(texts.sequences)
+    if count < MIN_TEXTS:
+        raise GateError(f"{count} texts are too few for parity, under {MIN_TEXTS}")
+    found, expected = _run(kind, path, texts), texts.expected
     alone = found["alone"]
     figures: dict[str, Any] = {
-        "texts": len(sequences),
-        "max_abs_delta": {name: _largest(values - expected) for name, values in found.items()},
-        "alone_against_batch": max(_largest(found[side] - alone) for side in ("left", "right")),
+        "texts": count,
+        "max_abs_delta": {case: _largest(values - expected) for case, values in found.items()},
+        "alone_against_batch": max(_largest(values - alone) for values in found.values()),
         # numpy's min, unlike Python's, lets a NaN through, and the comparison below then fails.
         "spearman": float(np.min([spearman(*pair) for pair in _labels(expected, found)])),
         "order": float(np.min([order_agreement(*pair) for pair in _labels(expected, found)])),
@@ -82,9 +93,9 @@ def check_close(
     }
     if not (figures["spearman"] >= MIN_SPEARMAN and figures["order"] >= MIN_ORDER):
         raise GateError(
-            f"the 8-bit reward model: Spearman {figures['spearman']:.4f} (at least "
+            f"the 8-bit reward model's {kind}: Spearman {figures['spearman']:.4f} (at least "
             f"{MIN_SPEARMAN}), order {figures['order']:.4f} (at least {MIN_ORDER}) over "
-            f"{len(sequences)} texts; no bundle was written"
+            f"{count} texts; no bundle was written"
         )
     return figures
 
@@ -115,7 +126,14 @@ def _labels(expected: Array, found: Mapping[str, Array]) -> list[tuple[Array, Ar
     return [(a, b) for values in found.values() for a, b in zip(expected.T, values.T, strict=True)]
 
 
-def _run(graph: ScorerGraph, sequences: Sequence[Sequence[int]], case: Case) -> Array:
+def _run(kind: str, path: Path, texts: Texts) -> dict[str, Array]:
+    """What a graph says of the texts, by the case; a fused one reads no rows padded on the left."""
+    graph = ScorerGraph(path)
+    cases = [case for case in CASES if case.name != "left" or kind != "fused"]
+    return {case.name: _in_batches(graph, texts.sequences, case) for case in cases}
+
+
+def _in_batches(graph: ScorerGraph, sequences: Sequence[Sequence[int]], case: Case) -> Array:
     starts = range(0, len(sequences), case.rows)
     batches = (sequences[start : start + case.rows] for start in starts)
     return np.concatenate([graph.run(*pad(batch, left=case.left)) for batch in batches])

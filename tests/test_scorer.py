@@ -11,8 +11,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from cai_export import reward, scorer, scorer_parity, weights
+from cai_export import reward, scorer, scorer_parity
+from cai_export.fuse import fuse_scorer
 from cai_export.quantise import quantise
+from cai_export.scorer_parity import Texts
 from torch import nn
 
 from cai_scale import constitution
@@ -20,7 +22,7 @@ from cai_scale.errors import CaiError, ConfigError, DataError, GateError, Integr
 from cai_scale.records import read_json, sha256, write_json
 from cai_scale.runtime import bundle as layout
 from cai_scale.runtime.bundle import open_bundle
-from cai_scale.runtime.graph import pad
+from cai_scale.runtime.graph import open_session, pad
 from cai_scale.runtime.reward import RewardModel, ScorerGraph, batches
 from cai_scale.training.models import load_scorer
 from cai_scale.training.scorer import Scorer
@@ -47,10 +49,11 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     source = reward.find(saved, constitution.load())
     assert (source.labels, source.adapter) == (labels, None)
     model = reward.load(source, ROWS[:2]).model
-    graph = scorer.trace_scorer(model)
-    weights.save({folder / "model.onnx": graph})
-    weights.save(dict(zip([folder / "q8.onnx"], quantise([graph], 8), strict=True)))
-    return model, folder
+    files = scorer.write_graphs(model, folder)
+    kinds = {"graph", "fused"} if request.param == "llama" else {"graph"}
+    assert files.keys() == {"fp32", "q8"}
+    assert all(found.keys() == kinds for found in files.values())
+    return model, folder / "onnx"
 
 
 def theirs(model: Any, rows: list[list[int]]) -> Any:
@@ -83,7 +86,7 @@ def test_torch_and_graph_score_the_last_token_in_any_padding(exported: Any, left
 
 def test_the_graph_has_the_names_and_axes_of_the_contract(exported: Any) -> None:
     _, folder = exported
-    for name in ("model.onnx", "q8.onnx"):
+    for name in ("model.onnx", "model_quantized.onnx"):
         graph = onnx.load(str(folder / name), load_external_data=False).graph
         found = {
             v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
@@ -126,7 +129,8 @@ def test_the_exact_gate_catches_the_usual_defects(
     model, folder = exported
     if fault is ColumnPositions and model.config.model_type == "llama":
         pytest.skip("rotary positions are relative: a shift of all of them changes nothing")
-    good = scorer_parity.check_exact(folder / "model.onnx", model, ROWS[:12])
+    texts = Texts(model, ROWS[:12])
+    good = scorer_parity.check_exact("graph", folder / "model.onnx", texts)
     assert set(good["max_abs_delta"]) == {"alone", "left", "right"}
     assert 0 < max(good["max_abs_delta"].values()) < 1e-4
     broken = fault(model)
@@ -137,19 +141,20 @@ def test_the_exact_gate_catches_the_usual_defects(
 
     monkeypatch.setattr(ScorerGraph, "run", run)
     with pytest.raises(GateError, match="differs from torch"):
-        scorer_parity.check_exact(folder / "model.onnx", model, ROWS[:12])
+        scorer_parity.check_exact("graph", folder / "model.onnx", texts)
 
 
 def test_the_close_gate_has_bounds_and_fails_closed(
     exported: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = exported
-    found = scorer_parity.check_close(folder / "q8.onnx", model, ROWS)
+    path, texts = folder / "model_quantized.onnx", Texts(model, ROWS)
+    found = scorer_parity.check_close("graph", path, texts)
     assert found["texts"] == 120
     assert 0.99 <= found["spearman"] <= 1
     assert found["alone_against_batch"] < 0.05
     with pytest.raises(GateError, match="12 texts are too few"):
-        scorer_parity.check_close(folder / "q8.onnx", model, ROWS[:12])
+        scorer_parity.check_close("graph", path, Texts(model, ROWS[:12]))
     run = ScorerGraph.run
     faults = {
         "nan": lambda logits: logits * np.where(np.arange(len(logits)) == 0, np.nan, 1)[:, None],
@@ -160,7 +165,96 @@ def test_the_close_gate_has_bounds_and_fails_closed(
     for change in faults.values():
         monkeypatch.setattr(ScorerGraph, "run", lambda *a, c=change: c(run(*a)))
         with pytest.raises(GateError, match="Spearman"):
-            scorer_parity.check_close(folder / "q8.onnx", model, ROWS)
+            scorer_parity.check_close("graph", path, texts)
+
+
+@pytest.fixture
+def fused(exported: Any) -> Any:
+    model, folder = exported
+    if model.config.model_type != "llama":
+        pytest.skip("has no fused graph")
+    return model, folder
+
+
+def test_the_fused_graph_scores_rows_padded_on_the_right(fused: Any) -> None:
+    model, folder = fused
+    expected = theirs(model, ROWS[:12])
+    graph = ScorerGraph(folder / "fused.onnx")
+    assert np.abs(graph.run(*pad(ROWS[:1])) - expected[:1]).max() < 1e-4
+    tokens, mask = pad(ROWS[:12])
+    tokens[mask == 0] = END
+    assert np.abs(graph.run(tokens, mask) - expected).max() < 1e-4
+    # The control: padded on the left it is wrong, so the gate does not ask it.
+    assert np.abs(graph.run(*pad(ROWS[:12], left=True)) - expected).max() > 0.1
+    exact = scorer_parity.check_exact("fused", folder / "fused.onnx", Texts(model, ROWS[:12]))
+    assert exact["max_abs_delta"].keys() == {"alone", "right"}
+    with pytest.raises(GateError, match="fp32 graph differs from torch"):
+        scorer_parity.check_exact("graph", folder / "fused.onnx", Texts(model, ROWS[:12]))
+
+
+def test_the_fused_graph_caches_nothing_and_shares_the_weights(fused: Any) -> None:
+    model, folder = fused
+    for name, first in (
+        ("fused.onnx", "model.onnx"),
+        ("fused_quantized.onnx", "model_quantized.onnx"),
+    ):
+        graph = onnx.load(str(folder / name), load_external_data=False).graph
+        assert [v.name for v in graph.input] == ["input_ids", "attention_mask"]
+        assert [v.name for v in graph.output] == ["logits"]
+        attention = [n for n in graph.node if n.op_type == "GroupQueryAttention"]
+        assert len(attention) == model.config.num_hidden_layers
+        assert all(len(n.output) == 1 and list(n.input[3:5]) == ["", ""] for n in attention)
+        stored = [i for i in graph.initializer if i.external_data]
+        assert {e.value for i in stored for e in i.external_data if e.key == "location"} == {
+            f"{first}_data"
+        }
+    caches = 2 * 4 * model.config.max_position_embeddings * 8  # sines and cosines, for 8 angles
+    parameters = sum(p.nbytes for p in model.parameters())
+    assert (folder / "model.onnx_data").stat().st_size < 1.1 * parameters + caches
+
+
+def test_products_in_integers_lose_little_beside_their_weights(tmp_path: Path) -> None:
+    import onnx_ir
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(1)
+    weight = random.normal(size=(96, 40)).astype(np.float32)
+    weight[:, 0] = 0
+    # Tokens of very different sizes, an activation that stands out, and a row of zeros.
+    left = random.normal(size=(2, 5, 96)) * 10.0 ** np.arange(-4, 6).reshape(2, 5, 1)
+    left[..., 7] *= 40
+    left[1, 4] = 0
+    left = left.astype(np.float32)
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None, size])
+        for name, size in (("x", 96), ("y", 40))
+    ]
+    product = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+    graph = helper.make_graph(
+        [product], "product", values[:1], values[1:], [numpy_helper.from_array(weight, "w")]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (quantised,) = quantise([onnx_ir.from_proto(model)], 8, "columns")
+    onnx_ir.save(quantised, tmp_path / "product.onnx")
+    found = open_session(tmp_path / "product.onnx").run(["y"], {"x": left})[0]
+
+    step = np.abs(weight).max(0) / 127
+    rounded = np.round(weight / np.where(step == 0, 1, step)) * step
+    largest = np.abs(left).max(-1, keepdims=True)
+    # Each activation may be off by half a step of the low part: the row's largest / 126 / 126.
+    bound = largest * np.abs(rounded).sum(0) / (2 * 126 * 63) * 1.01
+    assert (np.abs(found - left.astype(np.float64) @ rounded) <= bound).all()
+    # The control: the high part alone.
+    high = np.round(left / np.where(largest == 0, 1, largest) * 63) * largest / 63
+    assert (np.abs(high @ rounded - left @ rounded) > bound).mean() > 0.5
+
+
+def test_architectures_without_a_fused_graph_have_none() -> None:
+    from transformers import Gemma2Config, Gemma2ForSequenceClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
+    assert fuse_scorer(Gemma2ForSequenceClassification(Gemma2Config(**sizes, **heads))) is None
 
 
 def test_rank_statistics_by_hand() -> None:
@@ -345,13 +439,30 @@ def test_the_bundle_says_that_it_has_a_reward_model(scoring: Path) -> None:
     assert config["max_position_embeddings"] == 1024
     parity = read_json(scoring / layout.PARITY)["reward"]
     assert 0 < parity["merge"]["max_abs_delta"] <= 1e-3
-    assert 0 < max(parity["fp32"]["max_abs_delta"].values()) <= 1e-3
-    assert parity["q8"]["texts"] >= 100
-    assert 0.99 <= parity["q8"]["spearman"] <= 1
+    for kind in ("graph", "fused"):
+        assert 0 < max(parity["fp32"][kind]["max_abs_delta"].values()) <= 1e-4
+        assert parity["q8"][kind]["texts"] >= 100
+        assert 0.99 <= parity["q8"][kind]["spearman"] <= 1
     card = (scoring / layout.README).read_text()
     assert "reward model in this bundle (harmless" in card
     files = {p.name for p in (scoring / "reward").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= files
+
+
+def test_the_runtime_reads_the_fused_graph_where_there_is_one(scoring: Path) -> None:
+    bundle = open_bundle(scoring)
+    for variant, files in layout.REWARD_VARIANTS.items():
+        assert bundle.reward_graph(variant) == scoring / files["fused"]
+        assert files["fused"] in bundle.manifest["files"]
+    without = json.loads(json.dumps(bundle.manifest))
+    for files in without["reward"]["variants"].values():
+        del files["fused"]
+    alone = replace(bundle, manifest=without)
+    assert alone.reward_graph() == scoring / layout.REWARD_VARIANTS["q8"]["graph"]
+    # Both say the same.
+    prompts, responses = zip(*TEXTS, strict=True)
+    found = [RewardModel(b, "fp32").raw(prompts, responses) for b in (bundle, alone)]
+    assert 0 < np.abs(found[0] - found[1]).max() < 1e-4
 
 
 TEXTS = [("Why?", "Rain."), ("How?", "word " * 90), ("Xin chào", "Trời mưa."), ("a", "<|im_end|>")]
@@ -438,12 +549,12 @@ def test_a_manifest_whose_reward_model_does_not_fit_is_refused(
 
 def test_a_changed_reward_model_is_refused(scoring: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(scoring, tmp_path / "bundle"))
-    graph = copy / layout.REWARD_VARIANTS["q8"]["graph"]
+    graph = copy / layout.REWARD_VARIANTS["q8"]["fused"]
     graph.write_bytes(b"nothing")
     with pytest.raises(IntegrityError, match="differs from what was exported"):
         open_bundle(copy)
     manifest = read_json(copy / layout.MANIFEST)
-    manifest["files"][layout.REWARD_VARIANTS["q8"]["graph"]] = sha256(graph)
+    manifest["files"][layout.REWARD_VARIANTS["q8"]["fused"]] = sha256(graph)
     write_json(copy / layout.MANIFEST, manifest)
     with pytest.raises(IntegrityError, match="cannot be loaded"):
         RewardModel(open_bundle(copy))

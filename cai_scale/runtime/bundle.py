@@ -38,7 +38,8 @@ WEIGHTS_SUFFIX = "_data"
 # The reward model, where the bundle has one: config, tokenizer and template as above, and graphs.
 REWARD = "reward"
 REWARD_VARIANTS = {
-    name: {"graph": f"{REWARD}/{VARIANTS[name]['graph']}"} for name in ("fp32", "q8")
+    name: {kind: f"{REWARD}/{file}" for kind, file in VARIANTS[name].items()}
+    for name in ("fp32", "q8")
 }
 SCORERS = ("lexicon", "reward")  # what a bundle scores with
 
@@ -75,7 +76,8 @@ class Bundle:
         return None if name is None else self.path / name
 
     def reward_graph(self, variant: str | None = None) -> Path:
-        """The graph of a variant of the bundle's reward model; of its default one likewise.
+        """The graph of a variant of the bundle's reward model, of its default one likewise: for
+        rows padded on the right the fused one, where it has one.
 
         Raises:
             MissingError: the bundle has no reward model.
@@ -86,7 +88,8 @@ class Bundle:
                 f"bundle {self.path} has no reward model and scores with the lexicon; export one "
                 f"with 'cai-export --merge-lora --reward DIR'"
             )
-        return self.path / self._variant(self.manifest["reward"], variant)["graph"]
+        graphs = self._variant(self.manifest["reward"], variant)
+        return self.path / graphs.get("fused", graphs["graph"])
 
     def _variant(self, part: Mapping[str, Any], variant: str | None) -> Mapping[str, str]:
         variants, name = part["variants"], variant or part["default"]

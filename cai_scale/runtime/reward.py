@@ -18,8 +18,8 @@ BATCH_TOKENS = 2048  # with padding; more is no faster on a CPU, and holds more 
 class ScorerGraph:
     """A scorer's graph: tokens and a mask go in, a score a label comes out.
 
-    Positions and the scored token come from the mask inside, so rows may be padded on either
-    side, with any token.
+    Positions and the scored token come from the mask inside, so rows may be padded with any token:
+    on the right, and where the graph is not fused on either side.
     """
 
     def __init__(self, path: Path) -> None:
