@@ -140,10 +140,13 @@ def test_a_stop_string_and_the_end_token_finish_an_answer(policy: Policy) -> Non
     (cut,) = policy.complete([replace(asked, decoding=replace(asked.decoding, stop=(stop,)))])
     assert cut.text == whole.text[: whole.text.index(stop)].strip()
     assert cut.finished and cut.tokens < whole.tokens
+    assert whole.ids is not None and cut.ids == whole.ids[: cut.tokens]
+    assert policy.chat.decode(list(whole.ids)) == whole.text
     first = policy.chat.tokenizer.encode(whole.text, add_special_tokens=False).ids[0]
     before, policy.stops = policy.stops, frozenset({first})
     try:
-        assert policy.complete([asked]) == [Completion("", 0, True)]
+        (empty,) = policy.complete([asked])
+        assert empty == Completion("", 0, True) and empty.ids == (first,)
     finally:
         policy.stops = before
 

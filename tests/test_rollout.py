@@ -70,6 +70,8 @@ def test_completion_ends_at_the_end_token(sampler: TransformersSampler) -> None:
     )
     assert sampler._completion(hello, {end}) == Completion("hello", len(hello), False)
     assert sampler._completion([end], {end}) == Completion("", 0, True)
+    assert sampler._completion([*hello, end, end, 7], {end}).ids == (*hello, end)
+    assert sampler._completion(hello, {end}).ids == tuple(hello)
 
 
 class FakeSampler:

@@ -56,7 +56,8 @@ def main() -> None:
         given = {"critic": Critic(), "ranks": peers, "ds_config": ds_config}
         (folder / name).mkdir(parents=True, exist_ok=True)
         grpo.train(task(model, folder / name, **given, **settings))
-        ranks.wait_for(Trained(folder / name).product or folder / name / "adapter")
+        into = Trained(folder / name)
+        ranks.wait_for(into.adapter if settings.get("lora", True) else into.model)
     if timeout is not None and slow:  # the control: a collective does not wait that long
         import torch
 
