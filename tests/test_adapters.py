@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cai_scale.config import Config
 from cai_scale.errors import IntegrityError, MissingError
 from cai_scale.training.adapters import CONFIG, WEIGHTS, adapter_shapes, check_adapter, lora
 
@@ -80,7 +81,7 @@ def test_shapes_of_a_model_are_those_that_it_saves(tmp_path: Path, tiny_model: P
 
     from cai_scale.training.models import load_model
 
-    model = get_peft_model(load_model(str(tiny_model), torch.float32), lora(4, 8, 0.0))
+    model = get_peft_model(load_model(str(tiny_model), torch.float32), lora(Config(lora_r=4)))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.ones_(parameter)

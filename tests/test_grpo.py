@@ -362,13 +362,19 @@ def test_the_random_numbers_are_those_of_seed_prompt_sample_round_and_step(
     assert len({live.round_of(r, s) for r in range(1, 5) for s in range(1, 500)}) == 4 * 499
 
 
-def test_every_pass_has_whole_batches_in_an_order_of_its_own() -> None:
-    asked = [prompt.id for prompt in grpo.order(prompts(7), 2, 3.0, None, 0)]
+def test_every_pass_has_whole_batches_in_an_order_of_its_own(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    def order(**settings: Any) -> list[str]:
+        given = task(tiny_model, tmp_path, prompts=prompts(7), **settings)
+        return [prompt.id for prompt in live.order(given)]
+
+    asked = order(epochs=3.0)
     passes = [asked[start : start + 6] for start in (0, 6, 12)]
     assert len(asked) == 18 and all(len(set(one)) == 6 for one in passes)
     assert len({tuple(one) for one in passes}) == 3
-    assert [p.id for p in grpo.order(prompts(7), 2, 1.0, 4, 0)] == asked[:8]
-    assert [p.id for p in grpo.order(prompts(7), 2, 3.0, None, 1)] != asked
+    assert order(steps=4) == asked[:8]
+    assert order(epochs=3.0, seed=1) != asked
 
 
 def test_prompts_without_room_for_an_answer_are_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -544,6 +544,8 @@ def test_choosing_a_sampler() -> None:
         raise AssertionError
 
     assert choose("openai", gpu=True, fusible=never, stage=3).reason == "as asked"
+    live = choose("auto", gpu=False, fusible=never, live=True)
+    assert (live.name, live.reason) == ("transformers", "from the weights under training")
     for asked, gpu in (("auto", True), ("transformers", False)):
         gathers = choose(asked, gpu=gpu, fusible=never, live=True, stage=3)
         assert gathers.name == "transformers"

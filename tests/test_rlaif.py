@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tasks
 from cai_scale.config import Config
 from cai_scale.errors import ConfigError
 from cai_scale.methods import load_method, rlaif
@@ -18,9 +19,10 @@ from cai_scale.ranks import Ranks
 from cai_scale.records import Answer, Prompt, Response, Score, read_json, read_jsonl
 from cai_scale.runs import Trained
 from cai_scale.training import reward_head
+from cai_scale.training.live import LivePolicy
 from cai_scale.training.models import load_model, load_tokenizer, load_trained
+from cai_scale.training.positions import positions
 from cai_scale.training.precision import Precision
-from cai_scale.training.scorer import positions
 from cai_scale.training.task import Task
 from tiny import save_tiny_gpt2
 
@@ -464,6 +466,42 @@ def test_negative_weights_are_refused(name: str) -> None:
         Config(method="rlaif", **{name: -0.1})
 
 
-def test_refreshing_every_step_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--refresh step is not there yet"):
-        train(tiny_model, tmp_path / "run", refresh="step")
+@pytest.mark.parametrize("backbone", ["shared", "separate"])
+def test_every_step_learns_what_the_weights_answer_by_then(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str
+) -> None:
+    """Two rates give the same answers at the first step, which no training has touched, and
+    other answers later; a rate that moves nothing gives those of the base model throughout."""
+    drawn: dict[str, list[list[Any]]] = {}
+    sample = LivePolicy.sample
+
+    def kept(self: LivePolicy, *args: Any) -> Any:
+        found = sample(self, *args)
+        steps = drawn.setdefault(self.task.into.path.name, [])
+        steps.append([(one.prompt.id, one.ids, one.score) for one in found])
+        return found
+
+    monkeypatch.setattr(LivePolicy, "sample", kept)
+    for name, rate in (("still", 1e-30), ("slow", 3e-3), ("fast", 3e-2)):
+        settings = {"refresh": "step", "reward_backbone": backbone, "max_new_tokens": 12}
+        given = tasks.task(
+            *(tiny_model, tmp_path / name),
+            method="rlaif",
+            prompts=tasks.prompts(4),
+            epochs=3.0,
+            learning_rate=rate,
+            **settings,
+        )
+        rlaif.train(given)
+        logs = tasks.logged(tmp_path / name)
+        assert [row["step"] for row in logs] == [1, 2, 3, 4, 5, 6]
+        lengths = [sum(len(ids) for _, ids, _ in step) for step in drawn[name]]
+        assert [row["sampled_tokens"] for row in logs] == lengths
+        assert [row["critic_score"] for row in logs] == pytest.approx(
+            [np.mean([s.overall if s else 0.0 for _, _, s in step]) for step in drawn[name]]
+        )
+        assert not (tmp_path / name / ".live").exists()
+    assert drawn["still"][0] == drawn["slow"][0] == drawn["fast"][0]
+    assert drawn["still"][1:] != drawn["slow"][1:] != drawn["fast"][1:]
+    base = {step: [ids for _, ids, _ in rows] for step, rows in enumerate(drawn["still"])}
+    assert len({str(ids) for ids in base.values()}) == 6  # each step draws with its own numbers

@@ -17,13 +17,11 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-import numpy as np
-
 from cai_scale.errors import ConfigError
 from cai_scale.records import Prompt
 from cai_scale.training import adapters, fit, models
 from cai_scale.training.batches import plan_batch
-from cai_scale.training.live import LivePolicy, Sampled
+from cai_scale.training.live import LivePolicy, Sampled, in_order, order
 from cai_scale.training.positions import count_from_the_mask
 from cai_scale.training.task import Task
 
@@ -41,24 +39,18 @@ def train(task: Task) -> None:
     config = task.config
     tokenizer = models.load_tokenizer(config.model)
     tokenizer.padding_side = "left"
-    asked = order(task.prompts, config.batch_size, config.epochs, config.steps, config.seed)
+    asked = order(task)
     batch = plan_batch(
         config.batch_size * config.samples, config.micro_batch_size, task.ranks.world
     )
-    pass_steps = len(task.prompts) // config.batch_size
     arguments = fit.arguments(
         task,
         GRPOConfig,
-        rows=pass_steps * config.batch_size,
+        rows=len(asked),
+        **in_order(task),
         per_device_train_batch_size=batch.per_rank,
         gradient_accumulation_steps=batch.accumulation,
-        # All passes are laid out in the data: TRL's sampler would begin its order anew where a
-        # training continues.
         shuffle_dataset=False,
-        num_train_epochs=1.0,
-        max_steps=-1,
-        save_strategy="steps",
-        save_steps=pass_steps,
         beta=config.beta,
         num_generations=config.samples,
         max_completion_length=config.max_new_tokens,
@@ -89,25 +81,6 @@ def temperature(task: Task) -> float:
     """The highest of `--temperatures`: all answers of a group come from one distribution, the
     one whose log-probabilities TRL learns from, logits divided by the temperature."""
     return max(task.config.temperatures)
-
-
-def order(
-    prompts: Sequence[Prompt], batch_size: int, epochs: float, steps: int | None, seed: int
-) -> list[Prompt]:
-    """The prompts of every step, one after another: passes in random orders, whole batches each.
-
-    Args:
-        steps: how many steps, whatever `epochs` says; None leaves it to `epochs`.
-    """
-    whole = len(prompts) // batch_size * batch_size
-    rows = steps * batch_size if steps else int(epochs * whole / batch_size) * batch_size
-    passes = -(-rows // whole)
-    indices = [
-        index
-        for number in range(passes)
-        for index in np.random.default_rng((seed, number)).permutation(len(prompts))[:whole]
-    ]
-    return [prompts[index] for index in indices[:rows]]
 
 
 def rollout(

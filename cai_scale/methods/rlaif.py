@@ -15,6 +15,7 @@ the baseline that the other methods must beat.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,12 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from cai_scale.errors import ConfigError
-from cai_scale.records import Answer
+from cai_scale.records import Answer, Prompt
 from cai_scale.runs import Trained
 from cai_scale.training import adapters, fit, reward_head
+from cai_scale.training.live import LivePolicy, in_order, order
 from cai_scale.training.models import load_tokenizer
 from cai_scale.training.positions import positions
 from cai_scale.training.scorer import HEAD
@@ -35,7 +43,8 @@ from cai_scale.training.task import Task
 
 
 def train(task: Task) -> None:
-    """Train on `task.answers`, all of them. Called on every rank.
+    """Train on `task.answers`, all of them, or with `--refresh step` on new answers to
+    `task.prompts` at every step. Called on every rank.
 
     The product is an ordinary adapter or model; the head goes to `task.into.head`.
 
@@ -44,28 +53,42 @@ def train(task: Task) -> None:
         IntegrityError: the saved adapter is not the trained one.
     """
     config = task.config
-    if config.refresh == "step":
-        raise ConfigError("--refresh step is not there yet; use --refresh round with --rounds")
-    answers = fit.whole_batches(task.answers, config.batch_size, lambda answer: 0.0)
-    arguments = fit.arguments(
-        task, TrainingArguments, rows=len(answers), remove_unused_columns=False
-    )
     tokenizer = load_tokenizer(config.model)
-    trainer = RewardedTrainer(
-        weight=config.reward_weight * config.reward_scale,
-        model=policy(task),
-        args=arguments,
-        train_dataset=rows(answers, tokenizer, config.max_length),
-        data_collator=partial(batch, pad=tokenizer.pad_token_id),
+    finish = partial(reward_head.split, head=task.into.head)
+    common: dict[str, Any] = {
+        "weight": config.reward_weight * config.reward_scale,
+        "data_collator": partial(batch, pad=tokenizer.pad_token_id),
+    }
+    shown = {"loss": "loss", "reward": "reward_loss", "correlation": "correlation"}
+    alone = replace(task, start=None)  # the policy is there already, and its head with it
+    if config.refresh == "round":
+        answers = fit.whole_batches(task.answers, config.batch_size, lambda answer: 0.0)
+        data = rows(answers, tokenizer, config.max_length)
+        arguments = fit.arguments(
+            task, TrainingArguments, rows=len(data), remove_unused_columns=False
+        )
+        trainer = RewardedTrainer(model=policy(task), args=arguments, train_dataset=data, **common)
+        fit.fit(alone, trainer, finish=finish, **shown)
+        return
+    asked = order(task)
+    arguments = fit.arguments(
+        task,
+        TrainingArguments,
+        rows=len(asked),
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+        **in_order(task),
     )
-    fit.fit(
-        replace(task, start=None),  # the policy is there already, and its head with it
-        trainer,
-        finish=partial(reward_head.split, head=task.into.head),
-        loss="loss",
-        reward="reward_loss",
-        correlation="correlation",
-    )
+    with closing(LivePolicy(task, tokenizer, finish)) as live:
+        fresh = FreshTrainer(
+            live=live,
+            asked=asked,
+            model=policy(task),
+            args=arguments,
+            train_dataset=[{"place": place} for place in range(len(asked))],
+            **common,
+        )
+        fit.fit(alone, fresh, finish=finish, **shown)
 
 
 def policy(task: Task) -> Any:
@@ -183,6 +206,42 @@ class RewardedTrainer(Trainer):
             lm, predicted, scores = self.accelerator.gather(torch.cat(self._seen)).double().T
             self._seen.clear()
             logs |= figures(lm, predicted, scores)
+        super().log(logs, *args)
+
+
+class FreshTrainer(RewardedTrainer):
+    """Answers the prompts of each step with the weights as they are by then, and learns those.
+
+    The answers are not revised, and an empty one has the score 0.
+    """
+
+    def __init__(
+        self, *, live: LivePolicy, asked: Sequence[Prompt], data_collator: Any, **trainer: Any
+    ) -> None:
+        super().__init__(data_collator=default_data_collator, **trainer)
+        self.live, self.asked, self._batch = live, asked, data_collator
+        self._step, self._rows, self._tokens = -1, [], 0
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        if self._step != self.state.global_step:
+            self._step = self.state.global_step
+            self._rows = self._sample()
+        first = self._step * self.live.task.config.batch_size
+        places = inputs["place"].tolist()
+        return super()._prepare_inputs(self._batch([self._rows[p - first] for p in places]))
+
+    def _sample(self) -> list[dict[str, Any]]:
+        config = self.live.task.config
+        first = self._step * config.batch_size
+        prompts = self.asked[first : first + config.batch_size]
+        sampled = self.live.sample(self, prompts, 1, config.temperatures)
+        self._tokens = sum(one.completion.tokens for one in sampled)
+        answers = [one.answer(self.live.task.round) for one in sampled]
+        return rows(answers, self.live.tokenizer, config.max_length)
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        if self._seen:
+            logs |= {"sampled_tokens": self._tokens}
         super().log(logs, *args)
 
 

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cai_scale.config import Config
 from cai_scale.errors import IntegrityError, MissingError
@@ -102,6 +102,39 @@ def _saved_name(name: str) -> str:
     """What a parameter of a model is called in an adapter's file; a module that is trained whole,
     such as a score head, has its plain name there."""
     return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
+def masters(model: Any) -> dict[str, "torch.Tensor"]:
+    """The fp32 weights that DeepSpeed's optimizer moves, where the model computes in 16 bits with
+    copies of them, by the names of a saved adapter. Collective: every rank takes part."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {
+        _saved_name(name): safe_get_full_fp32_param(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    return {name: tensor.cpu() for name, tensor in found.items() if tensor is not None}
+
+
+def overwrite(folder: Path, weights: Mapping[str, "torch.Tensor"]) -> None:
+    """Put these weights in the place of those that a saved adapter has under their names."""
+    from safetensors.torch import load_file
+
+    if weights:
+        saved = load_file(folder / WEIGHTS)
+        kept = {name: weights.get(name, tensor).contiguous() for name, tensor in saved.items()}
+        replace(folder / WEIGHTS, kept)
+
+
+def replace(file: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
+    """Write a safetensors file aside and rename it: tensors that were loaded from the file in its
+    place are still read from there."""
+    from safetensors.torch import save_file
+
+    aside = file.with_name(f".{file.name}")
+    save_file(dict(tensors), aside, metadata={"format": "pt"})
+    aside.replace(file)
 
 
 def keep_only_the_adapter(folder: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cai_scale.errors import DataError
 from cai_scale.training import adapters, models
 from cai_scale.training.batches import plan_batch
 from cai_scale.training.task import Task
@@ -164,10 +165,13 @@ def save(task: Task, trainer: "Trainer", folder: Path) -> None:
     Every rank takes part: under ZeRO-3 the weights are gathered.
     """
     trainer.save_model(str(folder))
+    mixed = task.ds_config is not None and task.precision.name != "fp32"
+    masters = adapters.masters(trainer.model) if task.config.lora and mixed else {}
     if not task.ranks.main:
         return
     if task.config.lora:
         adapters.keep_only_the_adapter(folder)
+        adapters.overwrite(folder, masters)
     else:
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
 
@@ -181,8 +185,16 @@ def whole_batches(rows: Sequence[T], batch_size: int, weight: Callable[[T], floa
     """As many rows as fill batches, in order; those of the least weight are left out.
 
     An incomplete batch would hold other rows on another number of ranks.
+
+    Raises:
+        DataError: there are fewer rows than a batch has.
     """
     count = len(rows) // batch_size * batch_size
+    if not count:
+        raise DataError(
+            f"{len(rows)} rows to train on, under the batch size {batch_size}; lower --batch_size, "
+            f"or bring more prompts or --samples"
+        )
     heaviest = sorted(range(len(rows)), key=lambda index: -weight(rows[index]))[:count]
     return [rows[index] for index in sorted(heaviest)]
 

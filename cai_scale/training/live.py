@@ -5,13 +5,24 @@ number of ranks draws the same ones.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cai_scale import ranks
-from cai_scale.records import Completion, Prompt, Score, read_jsonl, write_jsonl
+from cai_scale.records import (
+    Answer,
+    Completion,
+    Prompt,
+    Response,
+    Score,
+    read_jsonl,
+    write_jsonl,
+)
 from cai_scale.rollout.collect import requests_for
 from cai_scale.rollout.sampler import PromptReader, Request, Sampler, TransformersSampler, cut
 from cai_scale.training import adapters, fit
@@ -31,12 +42,41 @@ def round_of(round: int, step: int) -> int:
     return round * STEPS + step
 
 
+def order(task: Task) -> list[Prompt]:
+    """The prompts of every step, one after another: passes in random orders, whole batches each.
+
+    Laid out before the training, so that one which continues meets the prompts it would have met.
+    """
+    config, prompts = task.config, task.prompts
+    whole = len(prompts) // config.batch_size * config.batch_size
+    steps = config.steps or int(config.epochs * whole / config.batch_size)
+    rows = steps * config.batch_size
+    indices = [
+        index
+        for number in range(-(-rows // whole))
+        for index in np.random.default_rng((config.seed, number)).permutation(len(prompts))[:whole]
+    ]
+    return [prompts[index] for index in indices[:rows]]
+
+
+def in_order(task: Task) -> dict[str, Any]:
+    """The arguments of a training whose data are laid out: one pass over them, in their order,
+    and a checkpoint where a pass over the prompts ends."""
+    return {
+        "num_train_epochs": 1.0,
+        "max_steps": -1,
+        "save_strategy": "steps",
+        "save_steps": max(1, len(task.prompts) // task.config.batch_size),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
     """One answer of the policy as it was at a step.
 
     Attributes:
         sample: its place among the prompt's answers, from 0.
+        temperature: at which it was drawn.
         prompt_ids: the prompt's tokens, as the policy reads them.
         ids: the answer's tokens as they were drawn, the one that ended it included: at least
             one. A server tells no tokens: they are then those of its text.
@@ -45,10 +85,24 @@ class Sampled:
 
     prompt: Prompt
     sample: int
+    temperature: float
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
     completion: Completion
     score: Score | None
+
+    def answer(self, round: int) -> Answer:
+        """As a record; an empty answer has the score 0."""
+        response = Response(
+            prompt_id=self.prompt.id,
+            sample=self.sample,
+            round=round,
+            temperature=self.temperature,
+            text=self.completion.text,
+            tokens=self.completion.tokens,
+            finished=self.completion.finished,
+        )
+        return Answer(prompt=self.prompt, response=response, score=self.score or Score({}, 0.0))
 
 
 class LivePolicy:
@@ -61,8 +115,17 @@ class LivePolicy:
     that folder, in `folder.parent`, which is removed when all ranks have answered.
     """
 
-    def __init__(self, task: Task, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.task, self.tokenizer = task, tokenizer
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: "PreTrainedTokenizerBase",
+        finish: Callable[[Path], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            finish: what makes an ordinary adapter or model of what is saved, as for `fit.fit`.
+        """
+        self.task, self.tokenizer, self._finish = task, tokenizer, finish
         self._reader = PromptReader(tokenizer)
         self._folder = task.into.path / ".live"
         self._meetings = 0
@@ -149,6 +212,8 @@ class LivePolicy:
         aside = policy.with_name("saving")
         fit.save(self.task, trainer, aside)
         if self.task.ranks.main:
+            if self._finish is not None:
+                self._finish(aside)
             aside.rename(policy)
         ranks.wait_for(policy)
         base = self.task.config.lora and adapters.is_new(policy)
@@ -181,6 +246,7 @@ class LivePolicy:
             {
                 "prompt_id": request.prompt_id,
                 "sample": request.sample,
+                "temperature": request.temperature,
                 "completion": [c.text, c.tokens, c.finished, c.ids],
                 "score": score and [dict(score.principles), score.overall],
             }
@@ -208,6 +274,7 @@ class LivePolicy:
         return Sampled(
             prompt=prompt,
             sample=record["sample"],
+            temperature=record["temperature"],
             prompt_ids=self.prompt_ids(prompt),
             ids=tuple(ids),
             completion=Completion(text, tokens, finished, tuple(ids)),

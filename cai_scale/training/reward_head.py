@@ -118,7 +118,7 @@ def _gathered(model: nn.Module) -> Any:
 
 def split(product: Path, head: Path) -> None:
     """Move the head out of a saved adapter or model, into a file that appears whole."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     found: dict[str, Tensor] = {}
     for path in sorted(product.glob("*.safetensors")):
@@ -128,7 +128,7 @@ def split(product: Path, head: Path) -> None:
         if not tensors:
             path.unlink()
         elif mine:
-            save_file(tensors, path, metadata={"format": "pt"})
+            adapters.replace(path, tensors)
     if (product / INDEX).is_file():
         index = read_json(product / INDEX)
         index["weight_map"] = {
@@ -143,6 +143,4 @@ def split(product: Path, head: Path) -> None:
             "target_modules": sorted(n for n in config["target_modules"] if not part_of_head(n)),
         }
         write_json(product / adapters.CONFIG, config)
-    aside = head.with_name(f".{head.name}")
-    save_file(found, aside, metadata={"format": "pt"})
-    aside.replace(head)
+    adapters.replace(head, found)

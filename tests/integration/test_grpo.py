@@ -13,8 +13,10 @@ from test_grpo import logs
 pytestmark = pytest.mark.slow
 
 WORKER = str(Path(__file__).parent / "grpo_worker.py")
-CONFIGS = ("zero2", "zero3")
-SETTINGS: dict[str, Any] = {"steps": 8, "micro_batch_size": 2}
+CONFIGS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+# Few steps: where two tokens are as good as equally likely, another order of a sum draws the other,
+# and from there on the policies are different ones.
+SETTINGS: dict[str, Any] = {"steps": 6, "micro_batch_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def test_two_ranks_draw_and_learn_as_one(tmp_path: Path, model: Path) -> None:
         assert result.returncode == 0, result.stderr
     result = run(2, tmp_path / "two", model, SETTINGS, *CONFIGS)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    assert result.stdout.count("every rank gathers the whole weights") == 1  # under ZeRO-3
+    assert result.stdout.count("every rank gathers the whole weights") == 2  # under ZeRO-3
     one, other = tmp_path / "one" / "none", tmp_path / "other" / "none"
     learned = {name: value for name, value in weights(one).items() if ".lora_B." in name}
     moved = distance(learned, {name: 0 * value for name, value in learned.items()})

@@ -182,3 +182,22 @@ def test_one_changed_prompt_breaks_that_equality(
     ]
     assert len(texts[0]) == len(texts[1])
     assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_what_is_trained_is_fp32_where_the_model_computes_in_bf16(
+    job: list[str], tmp_path: Path, name: str
+) -> None:
+    """The saved adapter is the optimizer's, not the copy in 16 bits that the products take."""
+    import torch
+
+    flags = ["--precision", "bf16", "--ds_config", f"{name}.json", "--steps", "2"]
+    output = str(tmp_path / "run")
+    command = ["-m", "cai_scale.cli", "train", *job, *flags, "--output", output]
+    result = run_python(*command)
+    assert result.returncode == 0, result.stderr
+    from safetensors.torch import load_file
+
+    for tensor in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").values():
+        assert tensor.dtype == torch.float32
+        assert not torch.equal(tensor, tensor.bfloat16().float())

@@ -113,3 +113,16 @@ def test_a_whole_model_is_trained_and_exported(job: list[str], tmp_path: Path) -
     parity = read_json(run.bundle / "parity.json")
     worst = parity["variants"]["fp32"]["graph"]["max_abs_logit_delta"]
     assert max(v for modes in worst.values() for v in modes.values()) < 1e-3
+
+
+def test_a_margin_that_leaves_too_few_pairs(job: list[str], tmp_path: Path) -> None:
+    """One line that counts them; nothing is trained, and methods without pairs go on."""
+    run = Run(tmp_path / "run")
+    result = main_job(*job, "--margin", "0.9", "--output", str(run.path))
+    assert result.returncode == 2, result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: 0 pairs from 10 prompts, under the batch size 4; ")
+    assert "--margin" in line
+    assert run.product is None
+    rewards = [*job, "--method", "sft", "--margin", "0.9", "--output", str(tmp_path / "sft")]
+    assert run_python("-m", "cai_scale.cli", "train", *rewards).returncode == 0
