@@ -21,7 +21,7 @@ from cai_scale.errors import ConfigError
 from cai_scale.records import Prompt
 from cai_scale.training import adapters, fit, models
 from cai_scale.training.batches import plan_batch
-from cai_scale.training.live import LivePolicy, Sampled, in_order, order
+from cai_scale.training.live import LivePolicy, Sampled, in_order, one_pass, order
 from cai_scale.training.positions import count_from_the_mask
 from cai_scale.training.task import Task
 
@@ -46,7 +46,7 @@ def train(task: Task) -> None:
     arguments = fit.arguments(
         task,
         GRPOConfig,
-        rows=len(asked),
+        rows=one_pass(task),
         **in_order(task),
         per_device_train_batch_size=batch.per_rank,
         gradient_accumulation_steps=batch.accumulation,

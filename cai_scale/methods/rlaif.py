@@ -14,10 +14,11 @@ Nothing here pushes towards answers that score higher: the model learns all that
 the baseline that the other methods must beat.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from cai_scale.errors import ConfigError
 from cai_scale.records import Answer, Prompt
 from cai_scale.runs import Trained
 from cai_scale.training import adapters, fit, reward_head
-from cai_scale.training.live import LivePolicy, in_order, order
+from cai_scale.training.live import LivePolicy, in_order, one_pass, order
 from cai_scale.training.models import load_tokenizer
 from cai_scale.training.positions import positions
 from cai_scale.training.scorer import HEAD
@@ -52,43 +53,68 @@ def train(task: Task) -> None:
         ConfigError: a prompt fills `--max_length`.
         IntegrityError: the saved adapter is not the trained one.
     """
+    if task.config.refresh == "step":
+        on_fresh_answers(task)
+    else:
+        on_answers(task)
+
+
+def on_answers(task: Task) -> None:
+    """Learn `task.answers`, which were sampled when the round began."""
     config = task.config
+    answers = fit.whole_batches(task.answers, config.batch_size, lambda answer: 0.0)
     tokenizer = load_tokenizer(config.model)
-    finish = partial(reward_head.split, head=task.into.head)
-    common: dict[str, Any] = {
-        "weight": config.reward_weight * config.reward_scale,
-        "data_collator": partial(batch, pad=tokenizer.pad_token_id),
-    }
-    shown = {"loss": "loss", "reward": "reward_loss", "correlation": "correlation"}
-    alone = replace(task, start=None)  # the policy is there already, and its head with it
-    if config.refresh == "round":
-        answers = fit.whole_batches(task.answers, config.batch_size, lambda answer: 0.0)
-        data = rows(answers, tokenizer, config.max_length)
-        arguments = fit.arguments(
-            task, TrainingArguments, rows=len(data), remove_unused_columns=False
-        )
-        trainer = RewardedTrainer(model=policy(task), args=arguments, train_dataset=data, **common)
-        fit.fit(alone, trainer, finish=finish, **shown)
-        return
-    asked = order(task)
+    arguments = fit.arguments(
+        task, TrainingArguments, rows=len(answers), remove_unused_columns=False
+    )
+    trainer = RewardedTrainer(
+        model=policy(task),
+        args=arguments,
+        train_dataset=rows(answers, tokenizer, config.max_length),
+        data_collator=partial(batch, pad=tokenizer.pad_token_id),
+        weight=config.reward_weight * config.reward_scale,
+    )
+    _fit(task, trainer)
+
+
+def on_fresh_answers(task: Task) -> None:
+    """Learn answers that are sampled at every step, from the weights as they are by then."""
+    config = task.config
+    asked, tokenizer = order(task), load_tokenizer(config.model)
     arguments = fit.arguments(
         task,
         TrainingArguments,
-        rows=len(asked),
+        rows=one_pass(task),
         remove_unused_columns=False,
         train_sampling_strategy="sequential",
         **in_order(task),
     )
-    with closing(LivePolicy(task, tokenizer, finish)) as live:
-        fresh = FreshTrainer(
+    with closing(LivePolicy(task, tokenizer, _split_head(task))) as live:
+        trainer = FreshTrainer(
             live=live,
             asked=asked,
             model=policy(task),
             args=arguments,
             train_dataset=[{"place": place} for place in range(len(asked))],
-            **common,
+            data_collator=partial(batch, pad=tokenizer.pad_token_id),
+            weight=config.reward_weight * config.reward_scale,
         )
-        fit.fit(alone, fresh, finish=finish, **shown)
+        _fit(task, trainer)
+
+
+def _fit(task: Task, trainer: Trainer) -> None:
+    fit.fit(
+        replace(task, start=None),  # the policy is there already, and its head with it
+        trainer,
+        finish=_split_head(task),
+        loss="loss",
+        reward="reward_loss",
+        correlation="correlation",
+    )
+
+
+def _split_head(task: Task) -> Callable[[Path], None]:
+    return partial(reward_head.split, head=task.into.head)
 
 
 def policy(task: Task) -> Any:

@@ -42,13 +42,17 @@ def round_of(round: int, step: int) -> int:
     return round * STEPS + step
 
 
+def one_pass(task: Task) -> int:
+    """How many prompts a pass has: those that fill whole batches."""
+    return len(task.prompts) // task.config.batch_size * task.config.batch_size
+
+
 def order(task: Task) -> list[Prompt]:
     """The prompts of every step, one after another: passes in random orders, whole batches each.
 
     Laid out before the training, so that one which continues meets the prompts it would have met.
     """
-    config, prompts = task.config, task.prompts
-    whole = len(prompts) // config.batch_size * config.batch_size
+    config, prompts, whole = task.config, task.prompts, one_pass(task)
     steps = config.steps or int(config.epochs * whole / config.batch_size)
     rows = steps * config.batch_size
     indices = [
@@ -66,7 +70,7 @@ def in_order(task: Task) -> dict[str, Any]:
         "num_train_epochs": 1.0,
         "max_steps": -1,
         "save_strategy": "steps",
-        "save_steps": max(1, len(task.prompts) // task.config.batch_size),
+        "save_steps": one_pass(task) // task.config.batch_size,
     }
 
 
