@@ -217,6 +217,12 @@ class Config:
         return self.method != "grpo" and (self.method, self.refresh) != ("rlaif", "step")
 
     @property
+    def rows_of_prompt(self) -> int:
+        """How many rows a prompt gives to train on, at most."""
+        every_answer = self.method in ("rlaif", "reward") and self.collects and not self.pairwise
+        return self.samples if every_answer else 1
+
+    @property
     def pairwise(self) -> bool:
         """Whether the method trains on pairs."""
         return self.method == "dpo" or (

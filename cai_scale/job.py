@@ -86,13 +86,15 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     plan_batch(config.batch_size, config.micro_batch_size, peers.world)
     models.check(config.model)
     prompts, heldout = prompt_files.load(config.prompts), prompt_files.load(config.eval_prompts)
-    if config.batch_size > len(prompts):
+    rows = len(prompts) * config.rows_of_prompt
+    if config.batch_size > rows:
         raise ConfigError(
-            f"--batch_size {config.batch_size} with {len(prompts)} prompts: a prompt gives one "
-            f"pair at most; lower it, or bring more prompts"
+            f"--batch_size {config.batch_size} with {len(prompts)} prompts: {config.method} has "
+            f"{rows} rows of these at most; lower it, or bring more prompts"
         )
     if config.qlora:
         quantised.check()
+    _check_reporting(config.report_to)
     origin = None if config.start is None else _origin(Path(config.start), config)
     if output is not None:
         check_output(output, overwrite=overwrite)
@@ -160,6 +162,21 @@ def _peak_memory() -> int:
         return int(torch.cuda.max_memory_allocated())
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+def _check_reporting(names: Sequence[str]) -> None:
+    """Complain about a logger of `--report_to` that transformers does not know or cannot find."""
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    available = integration_utils.get_available_reporting_integrations()
+    for name in set(names) - {"none", "all"}:
+        if name not in known:
+            raise ConfigError(
+                f"unknown --report_to {name!r}; choose of: {', '.join(sorted(known))}"
+            )
+        if name not in available:
+            raise MissingError(f"--report_to {name} needs its library, which is not installed")
 
 
 def _keep(run: Run, constitution: Constitution, asked: Mapping[str, Sequence[Prompt]]) -> None:
