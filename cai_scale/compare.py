@@ -145,7 +145,8 @@ def plot(summaries: Summaries, constitution: Constitution, path: Path) -> None:
         wins.barh(list(summaries), counts, left=left, color=colour, label=key)
         left = [a + b for a, b in zip(left, counts, strict=True)]
     wins.set_xlabel("held-out prompts")
-    wins.legend()
+    wins.invert_yaxis()
+    wins.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     figure.savefig(path, dpi=150)
 
 
