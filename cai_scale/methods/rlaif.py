@@ -246,7 +246,8 @@ class FreshTrainer(RewardedTrainer):
     ) -> None:
         super().__init__(data_collator=default_data_collator, **trainer)
         self.live, self.asked, self._batch = live, asked, data_collator
-        self._step, self._rows, self._tokens = -1, [], 0
+        self._step, self._tokens = -1, 0
+        self._rows: list[dict[str, Any]] = []
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         if self._step != self.state.global_step:
