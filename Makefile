@@ -27,8 +27,9 @@ demo: .venv/installed
 	cai-score --bundle $(DEMO)/bundle --prompt "Is it safe to reheat cooked rice?" \
 		--response "It may be, if it was cooled quickly. Please make sure that it is steaming hot."
 
+# Every test but those that need a GPU or other readers; pytest alone leaves the slow ones out.
 test: .venv/installed
-	python -m pytest
+	python -m pytest -m 'not gpu and not compat'
 
 # One bundle, read by this project and by three others, each in an environment of its own.
 compat: .venv/installed .venv-compat/installed tests/compat/node_modules/installed

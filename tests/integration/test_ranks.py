@@ -34,7 +34,7 @@ def data(finished_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny run's answers, and its pairs repeated to 13: three batches of four and one over."""
     folder = tmp_path_factory.mktemp("data")
     files = finished_run.round(1)
-    for file in (files.rollouts, files.scores(files.rollouts)):
+    for file in (files.rollouts, files.scores(files.rollouts), files.audit):
         shutil.copy(file, folder)
     write_jsonl(folder / "pairs.jsonl", (read_pairs(files.pairs) * 13)[:13])
     return folder

@@ -1,7 +1,7 @@
 """Started once by a launcher: roll out, and train by several methods under several ds_configs.
 
 worker.py FOLDER MODEL CONSTITUTION PROMPTS DATA METHODS CONFIG [CONFIG …]; DATA holds the
-pairs.jsonl and rollouts.jsonl to train on, METHODS is like dpo,rlaif, and a CONFIG is the name of
+pairs.jsonl with its audit and the rollouts.jsonl to train on, METHODS is like dpo,rlaif, and a CONFIG is the name of
 a DeepSpeed file, or "none". What is trained goes to FOLDER/CONFIG/METHOD.
 """
 
@@ -20,7 +20,7 @@ def main() -> None:
     from cai_scale.config import Config
     from cai_scale.job import start
     from cai_scale.preferences.pairs import read_pairs
-    from cai_scale.records import Response, Score, read_records
+    from cai_scale.records import Response, Score, read_json, read_records, write_json
     from cai_scale.runs import Round
 
     stored = Round(data)
@@ -57,6 +57,9 @@ def main() -> None:
             job = start(config, folder / name / method)
             if (name, method) == (configs[0], "dpo"):
                 pipeline.collect(job, 1)
+            elif job.ranks.main:
+                write_json(job.run.round(1).audit, read_json(stored.audit))
+            ranks.wait_for(job.run.round(1).audit)
             answers = results.scored(job.prompts, responses, scores)
             pipeline.train(job, 1, answers, pairs)
     ranks.leave()
