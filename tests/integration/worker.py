@@ -1,8 +1,8 @@
 """Started once by a launcher: roll out, and train by several methods under several ds_configs.
 
 worker.py FOLDER MODEL CONSTITUTION PROMPTS DATA METHODS CONFIG [CONFIG …]; DATA holds the
-pairs.jsonl with its audit and the rollouts.jsonl to train on, METHODS is like dpo,rlaif, and a CONFIG is the name of
-a DeepSpeed file, or "none". What is trained goes to FOLDER/CONFIG/METHOD.
+pairs.jsonl with its audit and the rollouts.jsonl to train on, METHODS is like dpo,rlaif, and a
+CONFIG is the name of a DeepSpeed file, or "none". What is trained goes to FOLDER/CONFIG/METHOD.
 """
 
 import sys
