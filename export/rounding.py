@@ -11,7 +11,7 @@ Array = NDArray[Any]
 
 BLOCK = 32
 COLUMNS = 512  # rounded at once, so that they stay in the processor's cache
-METHODS = ("nearest", "nearest-asymmetric", "k-quant", "hqq", "offsets", "columns")
+METHODS = ("nearest", "nearest-asymmetric", "k-quant", "hqq", "offsets")
 
 
 # The library packs the zero points of k-quant wrongly for an odd number of blocks in a row.
@@ -24,8 +24,8 @@ def quantise_matrix(weight: Array, bits: int, method: str) -> list[Array]:
     Args:
         weight: float32.
         bits: 4 or 8.
-        method: of `METHODS`; "offsets" is for 4 bits, and for whole blocks; "columns" is for 8
-            bits, and has a scale a column instead of blocks.
+        method: of `METHODS`, where "offsets" is for 4 bits and whole blocks; or "columns", for 8
+            bits, which has a scale a column instead of blocks.
 
     Returns:
         What MatMulNBits takes beside its input: weights [out, blocks, bytes of a block], scales

@@ -368,10 +368,13 @@ def test_answers_beside_an_error_are_given_first() -> None:
 
 def test_an_interrupt_ends_it_at_once() -> None:
     code = """
-import sys
+import signal, sys
 from cai_scale.commands import one_line
 from cai_scale.rollout.sampler import Request
 from test_remote import sampler_of, request
+
+# A shell's background jobs, and what they start, ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @one_line
 def main():
