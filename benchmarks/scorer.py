@@ -29,7 +29,7 @@ from cai_scale.training.scorer import Scorer
 FITTED, TIMED = 192, 256  # texts
 RIDGE = 100.0
 ROUNDS = 3
-LIMITS = (256, 1024, BATCH_TOKENS, 8192)  # tokens of a batch with its padding
+LIMITS = (BATCH_TOKENS, 1024, 2048, 8192)  # tokens of a batch with its padding
 Texts = Sequence[Sequence[int]]
 Score = Callable[[Texts, int], Any]
 

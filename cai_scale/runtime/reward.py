@@ -13,7 +13,7 @@ from cai_scale.runtime.bundle import CONFIG, REWARD, Bundle, unloadable
 from cai_scale.runtime.chat import Chat
 from cai_scale.runtime.graph import open_session, pad
 
-BATCH_TOKENS = 2048  # with padding; more is no faster on a CPU, and holds more memory
+BATCH_TOKENS = 256  # with padding; more was slower on two cores, and holds more memory
 
 
 class ScorerGraph:
