@@ -1,6 +1,6 @@
 """Trainings of one method on made-up data, in this process, without DeepSpeed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,50 @@ def log_probabilities(model: Any, tokenizer: Any, messages: Sequence[Any], text:
     """log π of each token of an answer, from one forward pass over one text without padding."""
     import torch
 
+    with torch.inference_mode():
+        return log_likelihoods(model, tokenizer, messages, text).numpy()
+
+
+def log_likelihoods(model: Any, tokenizer: Any, messages: Sequence[Any], text: str) -> Any:
+    """The same as a tensor in float64, with its gradient."""
+    import torch
+
     prompt = tokenizer.apply_chat_template(
         list(messages), add_generation_prompt=True, return_dict=True
     )["input_ids"]
     whole = tokenizer.apply_chat_template(
         [*messages, {"role": "assistant", "content": text}], return_dict=True
     )["input_ids"]
-    with torch.inference_mode():
-        scores = model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    scores = model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
     places = range(len(prompt), len(whole))
-    return torch.stack([scores[i - 1, whole[i]] for i in places]).numpy()
+    return torch.stack([scores[i - 1, whole[i]] for i in places])
+
+
+def gradient_norm(model: Path, folder: Path, loss: Callable[[Any, Any], Any]) -> float:
+    """‖∇L‖ over the adapter that a training left in `folder`, in float64, of a loss that is not
+    the trainer's; it is made sure that finite differences along ∇L say the same.
+
+    Args:
+        loss: of a model and its tokenizer, a tensor with its gradient.
+    """
+    import torch
+    from peft import PeftModel
+
+    from cai_scale.training.models import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(str(model))
+    base = load_model(str(model), torch.float32)
+    adapted = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).double()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    gradient = torch.autograd.grad(loss(adapted, tokenizer), trained)
+    norm = float(sum((part**2).sum() for part in gradient) ** 0.5)
+    ends = []
+    for step in (1e-4, -1e-4):
+        with torch.no_grad():
+            for parameter, part in zip(trained, gradient, strict=True):
+                parameter.add_(part, alpha=step / norm)
+            ends.append(float(loss(adapted, tokenizer)))
+            for parameter, part in zip(trained, gradient, strict=True):
+                parameter.sub_(part, alpha=step / norm)
+    assert abs((ends[0] - ends[1]) / 2e-4 / norm - 1) < 1e-4
+    return norm

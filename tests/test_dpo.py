@@ -12,7 +12,15 @@ from cai_scale.methods import DPO_LOSSES
 from cai_scale.methods.dpo import gap
 from cai_scale.records import Pair, read_jsonl
 from cai_scale.training.fit import newest_checkpoint, whole_batches
-from tasks import distance, log_probabilities, pairs, train, weights
+from tasks import (
+    distance,
+    gradient_norm,
+    log_likelihoods,
+    log_probabilities,
+    pairs,
+    train,
+    weights,
+)
 
 
 def test_the_first_loss_is_ln_2_and_the_margin_grows(tmp_path: Path, tiny_model: Path) -> None:
@@ -92,6 +100,43 @@ def test_the_margin_loss_by_hand(tmp_path: Path, tiny_model: Path, lora: bool) -
     assert with_margin[0]["loss"] == pytest.approx(np.log1p(np.exp(5.0 - deltas)).mean(), rel=1e-4)
     assert without[0]["loss"] == pytest.approx(np.log1p(np.exp(-deltas)).mean(), rel=1e-4)
     assert with_margin[0]["loss"] != pytest.approx(without[0]["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "margin"])
+def test_the_gradient_by_finite_differences(tmp_path: Path, tiny_model: Path, loss: str) -> None:
+    """The first step's, against the formula on texts one at a time; the other loss has another."""
+    import torch
+
+    rows = pairs(2)
+
+    def by_hand(kind: str) -> Any:
+        def value(model: Any, tokenizer: Any) -> Any:
+            def delta() -> list[Any]:
+                chosen, rejected = (
+                    [log_likelihoods(model, tokenizer, p.messages, text(p)).sum() for p in rows]
+                    for text in (lambda p: p.chosen.text, lambda p: p.rejected.text)
+                )
+                return [c - r for c, r in zip(chosen, rejected, strict=True)]
+
+            if kind == "margin":
+                gaps = [d - 5.0 for d in delta()]
+            else:
+                with torch.no_grad(), model.disable_adapter():
+                    base = delta()
+                gaps = [0.1 * (d - b) for d, b in zip(delta(), base, strict=True)]
+            return -torch.nn.functional.logsigmoid(torch.stack(gaps)).mean()
+
+        return value
+
+    settings = {"pairs": rows, "loss": loss, "loss_margin": 5.0, "learning_rate": 1e-30}
+    (step,) = train(tiny_model, tmp_path / "run", **settings)
+    norms = {
+        kind: gradient_norm(tiny_model, tmp_path / "run", by_hand(kind))
+        for kind in ("sigmoid", "margin")
+    }
+    assert step["grad_norm"] == pytest.approx(norms.pop(loss), rel=1e-3)
+    (other,) = norms.values()
+    assert step["grad_norm"] != pytest.approx(other, rel=1e-2)
 
 
 @pytest.mark.parametrize("loss", DPO_LOSSES)

@@ -1,12 +1,21 @@
 """SFT's numbers on tiny models, and what it learns from."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cai_scale.methods.sft import best
-from tasks import answers, distance, log_probabilities, train, weights
+from tasks import (
+    answers,
+    distance,
+    gradient_norm,
+    log_likelihoods,
+    log_probabilities,
+    train,
+    weights,
+)
 
 
 def test_the_best_answer_to_each_prompt_is_learned() -> None:
@@ -34,6 +43,30 @@ def test_the_first_loss_by_hand(tmp_path: Path, tiny_model: Path) -> None:
     assert logs[0]["loss"] == pytest.approx(expected, rel=1e-4)
     # The control: the mean of the answers' own means is another number.
     assert abs(-np.mean([f.mean() for f in found]) - expected) > 1e-3 * expected
+
+
+def test_the_gradient_by_finite_differences(tmp_path: Path, tiny_model: Path) -> None:
+    """The first step's, against the mean over tokens of texts one at a time."""
+    import torch
+
+    rows = answers(2)
+
+    def tokens(model: Any, tokenizer: Any) -> list[Any]:
+        return [
+            log_likelihoods(model, tokenizer, row.prompt.messages, row.response.text)
+            for row in best(rows)
+        ]
+
+    settings = {"method": "sft", "answers": rows, "learning_rate": 1e-30}
+    (step,) = train(tiny_model, tmp_path / "run", **settings)
+    norm = gradient_norm(tiny_model, tmp_path / "run", lambda *m: -torch.cat(tokens(*m)).mean())
+    assert step["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    # The control: the mean of the answers' own means.
+    other = gradient_norm(
+        *(tiny_model, tmp_path / "run"),
+        lambda *m: -torch.stack([part.mean() for part in tokens(*m)]).mean(),
+    )
+    assert step["grad_norm"] != pytest.approx(other, rel=1e-2)
 
 
 @pytest.mark.parametrize("lora", [True, False])
