@@ -26,6 +26,8 @@ def main() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         command = [*flags, "--method", method, "--output", str(folder / method)]
+        if method == "dpo":  # on the scores of the reward model before it, among others
+            command += ["--critic", f"lexicon*0.5+reward:{folder / 'reward'}*0.5", "--margin", "0"]
         run(command, cli.train(command))
     for method in METHODS:
         if method != "reward":

@@ -45,6 +45,19 @@ def test_every_method_has_trained(runs: dict[str, Run]) -> None:
         assert [link for link in verify_run(run) if link.ok is False] == []
 
 
+def test_a_trained_reward_model_is_a_critic(runs: dict[str, Run]) -> None:
+    """dpo's scores of its answers are other ones than the lexicon's, of the same answers."""
+    scored = {}
+    for method in ("sft", "dpo"):
+        files = runs[method].round(1)
+        scored[method] = [row["score"] for _, row in read_jsonl(files.scores(files.rollouts))]
+    answers = [runs[method].round(1).rollouts.read_bytes() for method in scored]
+    assert answers[0] == answers[1]
+    assert scored["dpo"] != scored["sft"]
+    assert read_json(runs["dpo"].config)["critic"].keys() == {f"reward:{runs['reward'].path}"}
+    assert read_json(runs["dpo"].summary)["critic"] == "lexicon"  # the evaluation's, always
+
+
 def test_methods_start_alike_and_end_apart(runs: dict[str, Run]) -> None:
     before = {runs[method].evaluation("before").read_bytes() for method in ANSWERING}
     assert len(before) == 1
