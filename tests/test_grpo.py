@@ -163,20 +163,34 @@ def test_the_first_gradient_by_hand(tmp_path: Path, model: Path, sampled: Any) -
 
     grpo.train(task(model, tmp_path, prompts=prompts(2), lora=False, beta=0.0))
     (step,) = sampled
-    policy = load_model(str(model), torch.float32)
+    policy = load_model(str(model), torch.float32).double()
+    trained = list(policy.parameters())
 
-    def norm(weights: Any) -> float:
-        policy.zero_grad()
-        total = sum(
+    def loss(weights: Any) -> Any:
+        parts = [
             -float(a) * log_probabilities(policy, one, 0.9).sum()
             for one, a in zip(step, weights, strict=True)
-        )
-        (total / sum(len(one.ids) for one in step)).backward()
-        return float(sum((p.grad**2).sum() for p in policy.parameters()) ** 0.5)
+        ]
+        return sum(parts) / sum(len(one.ids) for one in step)
+
+    def norm(weights: Any) -> float:
+        found = torch.autograd.grad(loss(weights), trained)
+        return float(sum((part**2).sum() for part in found) ** 0.5)
 
     (logged,) = logs(tmp_path)
     expected = advantages(step, 4)
     assert logged["grad_norm"] == pytest.approx(norm(expected), rel=1e-3)
+    # By finite differences along the gradient too.
+    gradient, length = torch.autograd.grad(loss(expected), trained), norm(expected)
+    ends = []
+    with torch.no_grad():
+        for place in (1e-4, -2e-4):  # there, and back to the other side
+            for parameter, part in zip(trained, gradient, strict=True):
+                parameter.add_(part, alpha=place / length)
+            ends.append(float(loss(expected)))
+        for parameter, part in zip(trained, gradient, strict=True):
+            parameter.add_(part, alpha=1e-4 / length)
+    assert (ends[0] - ends[1]) / 2e-4 == pytest.approx(length, rel=1e-3)
     # The control: the advantages of other answers.
     assert logged["grad_norm"] != pytest.approx(norm(np.roll(expected, 1)), rel=1e-2)
     assert not (tmp_path / "adapter").exists()
