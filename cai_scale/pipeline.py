@@ -98,7 +98,6 @@ def train(job: Job, number: int, answers: list[Answer], pairs: list[Pair]) -> No
                 prompts=job.prompts,
                 answers=answers,
                 pairs=pairs,
-                constitution=job.constitution,
                 critic=job.critic,
                 sampler=_live(job),
             )

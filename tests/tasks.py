@@ -64,7 +64,6 @@ def task(model: Path, folder: Path, **given: Any) -> Task:
     own = {name: given.pop(name) for name in tuple(given) if name in Task.__dataclass_fields__}
     settings = {"epochs": 1.0, "batch_size": 2, "learning_rate": 3e-3, "lora_r": 4} | given
     folder.mkdir(exist_ok=True)
-    rules = constitution.load()
     return Task(
         **{
             "config": Config(model=str(model), **settings),
@@ -72,8 +71,7 @@ def task(model: Path, folder: Path, **given: Any) -> Task:
             "precision": Precision("fp32", "test"),
             "ds_config": None,
             "into": Run(folder),
-            "constitution": rules,
-            "critic": LexiconCritic(rules),
+            "critic": LexiconCritic(constitution.load()),
             **own,
         }
     )

@@ -120,6 +120,7 @@ def _split_head(task: Task) -> Callable[[Path], None]:
 def policy(task: Task) -> Any:
     """The model to train, its reward head attached, and LoRA around both."""
     from peft import get_peft_model
+    from trl.trainer.utils import disable_dropout_in_model
 
     config = task.config
     model = fit.policy(task)
@@ -127,9 +128,7 @@ def policy(task: Task) -> Any:
     copy = fit.policy(replace(task, start=None)) if separate else None
     set_seed(config.seed)  # the new head and adapter are the same on every rank
     reward_head.attach(model, copy=copy, detached=config.reward_backbone == "detached")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    disable_dropout_in_model(model)
     if config.lora:
         model = get_peft_model(model, adapters.lora(config, whole=[HEAD]))
     if task.start is not None:

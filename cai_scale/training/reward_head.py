@@ -8,10 +8,10 @@ and a file of the head.
 
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from cai_scale.errors import IntegrityError
@@ -95,25 +95,16 @@ def load(model: Any, product: Path, head: Path) -> None:
         weights = {**new, **load_file(product / adapters.WEIGHTS), **saved}
         set_peft_model_state_dict(model, weights)
     elif _fits(saved, {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters()}):
-        with _gathered(model):
-            model.load_state_dict(saved, strict=False)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in saved:
+                    with adapters.gathered(parameter):
+                        parameter.copy_(saved[name])
 
 
 def _fits(saved: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> bool:
     expected = {name: tuple(shape) for name, shape in shapes.items() if part_of_head(name)}
     return {name: tuple(tensor.shape) for name, tensor in saved.items()} == expected
-
-
-def _gathered(model: nn.Module) -> Any:
-    """ZeRO-3 has loaded the backbone in pieces: put them together while it is written."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-
-    parts = [p for name, p in model.named_parameters() if part_of_head(name)]
-    return deepspeed.zero.GatheredParameters(parts, modifier_rank=0)
 
 
 def split(product: Path, head: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from cai_scale.config import Config
-from cai_scale.constitution import Constitution
 from cai_scale.critics import Critic
 from cai_scale.ranks import Ranks
 from cai_scale.records import Answer, Pair, Prompt
@@ -42,6 +41,5 @@ class Task:
     prompts: Sequence[Prompt] = ()
     answers: Sequence[Answer] = ()
     pairs: Sequence[Pair] = ()
-    constitution: Constitution | None = None
     critic: Critic | None = None
     sampler: Callable[[Path | None], Sampler] | None = None
