@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedTokenizerBase,
@@ -177,18 +177,14 @@ def batch(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
     }
 
 
-def lm_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def lm_losses(log_probs: Tensor, attention_mask: Tensor) -> Tensor:
     """L_LM of each row, [rows], fp32: the mean over its tokens but the first, in nats.
 
     Args:
-        logits: [rows, tokens, vocabulary].
-        input_ids, attention_mask: [rows, tokens], int64; padded on either side.
+        log_probs: [rows, tokens - 1], of each token but the first; 0 where there is none.
+        attention_mask: [rows, tokens], int64; padded on either side.
     """
-    losses = nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none"
-    ).view(input_ids[:, 1:].shape)
-    predicted = (attention_mask[:, 1:] * attention_mask[:, :-1]).bool()
-    return losses.masked_fill(~predicted, 0.0).sum(-1) / predicted.sum(-1)
+    return -log_probs.sum(-1) / (attention_mask.sum(-1) - 1)
 
 
 def loss(lm: Tensor, predicted: Tensor, scores: Tensor, weight: float) -> Tensor:
@@ -218,10 +214,9 @@ class RewardedTrainer(Trainer):
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions(mask),
-            use_cache=False,
-            output_hidden_states=True,
+            predict=True,
         )
-        lm, predicted = lm_losses(outputs["logits"], ids, mask), outputs[reward_head.PREDICTED]
+        lm, predicted = lm_losses(outputs["log_probs"], mask), outputs[reward_head.PREDICTED]
         self._seen.append(torch.stack([lm, predicted, scores], -1).detach())
         return loss(lm, predicted, scores, self.weight)
 

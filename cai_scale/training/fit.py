@@ -61,14 +61,22 @@ def arguments(task: Task, kind: type[T], *, rows: int, **own: Any) -> T:
 
 
 def policy(task: Task) -> "PreTrainedModel":
-    """The model to train, on this rank: the base model, or the whole model to continue from."""
+    """The model to train, on this rank: the base model, or the whole model to continue from.
+
+    It computes without padding, and TRL's trainers take its log-probabilities without waste.
+    """
+    from cai_scale.training import log_probs, packing
     from cai_scale.training.quantised import four_bits
 
     config, dtype = task.config, _trained_dtype(task)
-    if not config.lora:
-        return models.load_model(str(task.start or config.model), dtype).train()
-    quantization = four_bits() if config.qlora else None
-    return models.load_model(config.model, dtype, quantization=quantization)
+    if config.lora:
+        quantization = four_bits() if config.qlora else None
+        model = models.load_model(config.model, dtype, quantization=quantization)
+    else:
+        model = models.load_model(str(task.start or config.model), dtype).train()
+    packing.install(model)
+    log_probs.install()
+    return model
 
 
 def _trained_dtype(task: Task) -> "torch.dtype":
@@ -87,6 +95,7 @@ def scorer(task: Task, labels: Sequence[str]) -> "PreTrainedModel | PeftModel":
     """
     from trl.trainer.utils import disable_dropout_in_model
 
+    from cai_scale.training import packing
     from cai_scale.training.quantised import four_bits
     from cai_scale.training.scorer import HEAD
 
@@ -102,6 +111,7 @@ def scorer(task: Task, labels: Sequence[str]) -> "PreTrainedModel | PeftModel":
         quantization=four_bits() if config.qlora else None,
     )
     disable_dropout_in_model(model)
+    packing.install(model)
     if not config.lora:
         return model.train()
     settings = adapters.lora(config, task="SEQ_CLS", whole=[HEAD])

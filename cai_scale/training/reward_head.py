@@ -6,9 +6,11 @@ checkpoints hold both. What is saved at the end is taken apart again: an ordinar
 and a file of the head.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from cai_scale.errors import IntegrityError
 from cai_scale.records import read_json, write_json
 from cai_scale.training import adapters
+from cai_scale.training.log_probs import log_probs
 from cai_scale.training.scorer import HEAD, Head, at_last_token
 
 if TYPE_CHECKING:
@@ -32,12 +35,12 @@ def attach(
 ) -> None:
     """Give a causal language model a new reward head.
 
-    Called with `output_hidden_states=True` and an attention mask, the model then returns
-    `logits`, [rows, tokens, vocabulary], and `predicted`, [rows], fp32: the head's output on the
-    state of each row's last token. Called otherwise, in `generate` too, it is as it was.
+    Called with `predict=True`, it returns `log_probs`, [rows, tokens - 1], fp32, those of each
+    row's tokens after the first, 0 for padding, and `predicted`, [rows], fp32: the head's output
+    on the state of each row's last token. Called otherwise, in `generate` too, it is as it was.
 
     Args:
-        copy: a model whose backbone gives these states in the model's place.
+        copy: a model whose backbone gives the head's states in the model's place.
         detached: the head's gradient stops at the states.
     """
     config = model.config.get_text_config()
@@ -48,18 +51,28 @@ def attach(
     if copy is not None:
         setattr(model, BACKBONE, getattr(copy, copy.base_model_prefix))
 
-    def predict(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if not kwargs.get("output_hidden_states"):
-            return output
-        if copy is None:
-            states = output.hidden_states[-1]
-        else:
-            asked = {key: kwargs[key] for key in ("input_ids", "attention_mask", "position_ids")}
-            states = getattr(model, BACKBONE)(**asked, use_cache=False).last_hidden_state
-        last = at_last_token(states.detach() if detached else states, kwargs["attention_mask"])
-        return {"logits": output.logits, PREDICTED: model.score(last).squeeze(-1)}
+    generating = model.forward
 
-    model.register_forward_hook(predict, with_kwargs=True)
+    # Keeps the signature: `generate` reads it, and so does peft.
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, predict: bool = False, **kwargs: Any) -> Any:
+        if not predict:
+            return generating(*args, **kwargs)
+        states = self.base_model(**kwargs, use_cache=False).last_hidden_state
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        learned = (mask[:, 1:] * mask[:, :-1]).bool()
+        found = log_probs(
+            states[:, :-1][learned], self.get_output_embeddings(), ids[:, 1:][learned]
+        )
+        if copy is not None:
+            states = getattr(self, BACKBONE)(**kwargs, use_cache=False).last_hidden_state
+        last = at_last_token(states.detach() if detached else states, mask)
+        return {
+            "log_probs": found.new_zeros(learned.shape).masked_scatter(learned, found),
+            PREDICTED: self.score(last).squeeze(-1),
+        }
+
+    model.forward = MethodType(forward, model)
 
 
 def part_of_head(name: str) -> bool:
