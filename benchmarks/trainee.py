@@ -42,10 +42,12 @@ class Turns(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.left -= 1
         if not self.left:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             taken = {
                 "seconds": time.perf_counter() - self.started,
                 "tokens": int(state.num_input_tokens_seen) - self.tokens,
-                "memory": memory("VmHWM") - self.loaded,
+                "memory": peak() - self.loaded,
             }
             print(json.dumps(taken), flush=True)
             self._next(state, control)
@@ -53,12 +55,25 @@ class Turns(TrainerCallback):
     def _next(self, state: Any, control: Any) -> None:
         self.left = int(sys.stdin.readline() or 0)
         control.should_training_stop = not self.left
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
         self.tokens, self.started = int(state.num_input_tokens_seen), time.perf_counter()
 
 
-def memory(name: str) -> int:
-    """Bytes of this process: VmRSS, what it has now, or VmHWM, the most it has had."""
+def held() -> int:
+    """Bytes that the model's device has given to this process."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+
+
+def peak() -> int:
+    """The most there were since the last turn began."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text("ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
@@ -76,7 +91,7 @@ def ours(given: argparse.Namespace, config: Config, pairs: list[Pair]) -> None:
 
     def load(task: Task) -> Any:
         model = policy(task)
-        loaded.append(memory("VmRSS"))
+        loaded.append(held())
         return model
 
     fit.policy = load
@@ -97,7 +112,9 @@ def stock(given: argparse.Namespace, config: Config, pairs: list[Pair]) -> None:
     """TRL's DPOTrainer, or transformers' Trainer with rlaif's loss, as their users write them."""
     dtype = getattr(torch, given.weights)
     model = AutoModelForCausalLM.from_pretrained(models.resolve(config.model), dtype=dtype)
-    loaded = memory("VmRSS")
+    if torch.cuda.is_available():
+        model.to("cuda")
+    loaded = held()
     common = {
         "output_dir": str(given.into),
         "per_device_train_batch_size": given.rows,
@@ -151,7 +168,8 @@ class PlainTrainer(Trainer):
         lm = (losses * mask[:, 1:]).sum(-1) / mask[:, 1:].sum(-1)
         last = at_last_token(outputs.hidden_states[-1], mask).float()
         predicted = model.base_model.model.score(last).squeeze(-1)
-        return rlaif.loss(lm, predicted, torch.tensor(inputs["scores"]), 0.05)
+        scores = torch.tensor(inputs["scores"], device=ids.device)
+        return rlaif.loss(lm, predicted, scores, 0.05)
 
 
 def answers(pairs: list[Pair]) -> list[Answer]:

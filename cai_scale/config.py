@@ -93,7 +93,7 @@ class Config:
         "training", 8, "pairs per step, over all ranks; answers with sft, reward and rlaif, "
         "prompts with grpo", least=1,
     )  # fmt: skip
-    micro_batch_size: int = setting("training", 4, "of these, at once on a rank", least=1)
+    micro_batch_size: int = setting("training", 8, "of these, at once on a rank", least=1)
     learning_rate: float = setting("training", 2e-4, "peak learning rate", least=0)
     lora: bool = setting("training", True, "train a LoRA adapter; --no-lora trains the whole model")
     qlora: bool = setting(

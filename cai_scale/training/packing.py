@@ -153,12 +153,14 @@ def attention(
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    states = (take(one[0].transpose(0, 1), packing.rows) for one in (query, key, value))
-    rows = (one.transpose(1, 2) for one in states)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        output = by_products(*rows, kwargs.get("scaling"))
+    query, key, value = (
+        take(one[0].transpose(0, 1), packing.rows).transpose(1, 2) for one in (query, key, value)
+    )
+    slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if slow and not kwargs.get("dropout"):
+        output = by_products(query, key, value, kwargs.get("scaling"))
     else:
-        output, _ = sdpa_attention_forward(module, *rows, None, **kwargs)
+        output, _ = sdpa_attention_forward(module, query, key, value, None, **kwargs)
     return output.flatten(0, 1).index_select(0, packing.first)[None], None
 
 
