@@ -150,7 +150,8 @@ class Replay:
         _same({name: key.get(name) for name in ours}, ours, "references.json: key")
         ids = {reference.prompt_id for reference in found}
         trained = [p.prompt_id for p in read_pairs(files.pairs) if p.prompt_id in ids]
-        _same([r.prompt_id for r in found], trained, "references.json: pairs")
+        if [reference.prompt_id for reference in found] != trained:
+            raise GateError("references.json is of other pairs than pairs.jsonl has")
         return f"references of {len(found)} pairs by the base model that config.json names"
 
     @functools.cached_property

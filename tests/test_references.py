@@ -231,7 +231,7 @@ def test_what_the_reference_depends_on_is_its_key(
         (model / "tokenizer.json").write_text(json_text(tokenizer))
     elif part == "template":
         template = model / "chat_template.jinja"
-        template.write_text(template.read_text().replace("assistant", "system"))
+        template.write_text(template.read_text().replace("<|im_end|>", "<|im_end|> "))
     elif part == "pairs":
         rows = another_text(rows)
     elif part == "torn":

@@ -202,7 +202,7 @@ def raised(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ("evaluation/after.jsonl", text_of(0, 7), "summary", "not as it was written"),  # type: ignore[arg-type]
         ("evaluation/before.jsonl", lambda rows: rows[::-1], "evaluate before", "answers"),
         ("rounds/1/references.json", of_another_model, "train", "key: weights: model.safetensors"),
-        ("rounds/1/references.json", in_another_order, "train", "references.json: pairs"),
+        ("rounds/1/references.json", in_another_order, "train", "of other pairs"),
         ("prompts/train.jsonl", lambda rows: rows[1:], "start", "prompts/train.jsonl"),
         ("constitution.json", lambda c: c | {"name": "other"}, "start", "constitution.json"),
         ("summary.json", raised("ci95"), "summary", "delta: ci95 is 0.01"),

@@ -11,6 +11,7 @@ log π(y⁻) and m is `--loss_margin`. Nothing holds the policy near the base mo
 rate. All other losses are TRL's, by their names there.
 """
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -70,7 +71,9 @@ def train(task: Task) -> None:
         # it, as it is before the first step, and no second engine ever holds its weights.
         trainer.add_callback(AtStart(lambda: _fill(trainer, _references(task, trainer, pairs))))
     else:  # with these and β = 1 the sigmoid loss is -log σ(Δℓ - m)
-        _fill(trainer, (Reference(prompt_id=p.prompt_id, chosen=margin, rejected=0) for p in pairs))
+        _fill(
+            trainer, (Reference(prompt_id=p.prompt_id, chosen=margin, rejected=0.0) for p in pairs)
+        )
     fit.fit(task, trainer, loss="loss", margin="rewards/margins")
 
 
@@ -89,8 +92,8 @@ def _trainer() -> Any:
 def _fill(trainer: Any, found: Iterable[Reference]) -> None:
     """Write the reference's log-probabilities into the rows, where TRL's loss looks for them."""
     for row, reference in zip(trainer.train_dataset, found, strict=True):
-        row["ref_chosen_logps"] = float(reference.chosen)
-        row["ref_rejected_logps"] = float(reference.rejected)
+        row["ref_chosen_logps"] = reference.chosen
+        row["ref_rejected_logps"] = reference.rejected
 
 
 def _references(task: Task, trainer: Any, pairs: Sequence[Pair]) -> list[Reference]:
@@ -110,6 +113,7 @@ def _references(task: Task, trainer: Any, pairs: Sequence[Pair]) -> list[Referen
         Reference(prompt_id=pair.prompt_id, chosen=chosen, rejected=rejected)
         for pair, (chosen, rejected) in zip(pairs, _compute(task, trainer), strict=True)
     ]
+    gc.collect()  # a base model that was loaded for this has cycles
     if task.ranks.main:
         references.write(task.references, key, found)
     return found
