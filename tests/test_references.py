@@ -83,9 +83,9 @@ def train_live(made: Task) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that is far from the base model."""
+    """An adapter that is another policy than the base model."""
     folder = tmp_path_factory.mktemp("start") / "run"
-    train(tiny_model, folder, pairs=pairs(), epochs=4.0)
+    train(tiny_model, folder, pairs=pairs(), epochs=2.0, learning_rate=2e-4)
     return Run(folder).adapter
 
 
@@ -123,12 +123,10 @@ def test_training_with_the_stored_reference_is_that_with_a_live_one(
     given = {"pairs": rows, "start": start, **STEPS}
     live = train_live(task(tiny_model, tmp_path / "live", **given))
     stored = train(tiny_model, tmp_path / "stored", **given)
-    (tmp_path / "zero").mkdir()
-    train(tiny_model, tmp_path / "zero", **given | {"learning_rate": 1e-30})
     assert_by_hand(tmp_path / "stored", tiny_model, rows)
     losses = [[step["loss"] for step in logs] for logs in (live, stored)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
-    moved = distance(weights(tmp_path / "live"), weights(tmp_path / "zero"))
+    moved = distance(weights(tmp_path / "live"), weights(start.parent))
     apart = distance(weights(tmp_path / "live"), weights(tmp_path / "stored"))
     assert apart <= 1e-5 * moved
 
@@ -150,12 +148,14 @@ def test_the_first_step_of_every_loss(
     (stored,) = train(tiny_model, tmp_path / "stored", **given)
     for figure in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected"):
         assert stored[figure] == pytest.approx(live[figure], rel=1e-4, abs=1e-6), figure
+    assert stored["grad_norm"] > 0
 
 
 def test_bf16_is_no_further_from_a_live_reference_than_rounding(
     tmp_path: Path, tiny_model: Path, start: Path
 ) -> None:
-    given = {"pairs": pairs(8), "start": start, **STEPS, "precision": Precision("bf16", "test")}
+    given = {"pairs": pairs(8), "start": start, **STEPS, "steps": 8}
+    given |= {"precision": Precision("bf16", "test")}
     live = train_live(task(tiny_model, tmp_path / "live", **given))
     stored = train(tiny_model, tmp_path / "stored", **given)
     exact = train(tiny_model, tmp_path / "exact", **given | {"precision": Precision("fp32", "")})
@@ -163,7 +163,7 @@ def test_bf16_is_no_further_from_a_live_reference_than_rounding(
         np.abs([a["rewards/margins"] - b["rewards/margins"] for a, b in zip(*two, strict=True)])
         for two in ((stored, exact), (live, exact))
     )
-    assert apart.mean() <= 1.5 * rounding.mean()
+    assert apart.mean() <= 2 * rounding.mean()
 
 
 def test_one_pass_and_no_other_once_training_began(

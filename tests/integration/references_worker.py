@@ -1,9 +1,10 @@
-"""Started once by a launcher: DPO from a start, twice each, under several ds_configs.
+"""Started once by a launcher: DPO from a start under several ds_configs.
 
 references_worker.py FOLDER MODEL ADAPTER WHOLE PRECISION CONFIG [CONFIG …]; a CONFIG is the name
 of a DeepSpeed file, or "none". FOLDER/CONFIG/lora continues from ADAPTER, FOLDER/CONFIG/whole from
-the model WHOLE; FOLDER/CONFIG/KIND-again is the same training with the reference of the first. A
-file `passes` beside a training says how many batches of the reference this rank computed for it.
+the model WHOLE; with zero2 and zero3, FOLDER/CONFIG/KIND-again is the same training with the
+reference of the first. A file passes-RANK in a training's folder says how many batches of the
+reference that rank computed for it.
 """
 
 import sys
@@ -41,7 +42,7 @@ def main() -> None:
     ranks.join(peers, deepspeed=any(name != "none" for name in configs))
     for name in configs:
         for kind, start in (("lora", adapter), ("whole", whole)):
-            for again in ("", "-again"):
+            for again in ("", "-again") if name in ("zero2", "zero3") else ("",):
                 # One process trains several times: forget what the run before has set up.
                 AcceleratorState._reset_state(reset_partial_state=True)
                 GradientState._reset_state()

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 
 WORKER = str(Path(__file__).parent / "references_worker.py")
 CONFIGS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+MIXED = ("zero0", "zero1", "zero3_offload")
 KINDS = ("lora", "whole")
 
 
@@ -59,7 +60,7 @@ def two(run: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def two_bf16(run: Callable[..., Path]) -> Path:
-    return run(2, "bf16", *CONFIGS)
+    return run(2, "bf16", *MIXED)
 
 
 def kept(folder: Path) -> Any:
@@ -86,16 +87,18 @@ def test_two_ranks_have_the_reference_of_one(
     """And train as one, in fp32, from a policy that is not the reference."""
     folder = two / name / kind
     np.testing.assert_allclose(kept(folder), kept(one / kind), rtol=1e-5)
-    plain, shared = weights(one / kind), weights(folder)
-    moved = distance(plain, started(starts[kind]))
+    begun = started(starts[kind])
+    # Some stages save tied weights under both their names.
+    plain, shared = ({k: weights(path)[k] for k in begun} for path in (one / kind, folder))
+    moved = distance(plain, begun)
     assert distance(plain, shared) <= 1e-3 * moved
     np.testing.assert_allclose(losses(folder), losses(one / kind), rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_no_rank_computes_it_twice(two: Path, name: str, kind: str) -> None:
-    """8 pairs on 2 ranks, one at a time; then none; and the training does not notice."""
+    """8 pairs on 2 ranks, one at a time: 4 batches each; then none, to the same end."""
     for suffix, expected in (("", "4"), ("-again", "0")):
         folder = two / name / (kind + suffix)
         assert [(folder / f"passes-{rank}").read_text() for rank in (0, 1)] == [expected] * 2
@@ -110,7 +113,7 @@ def test_the_start_is_not_the_reference(one: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MIXED)
 def test_in_bf16_it_is_as_far_as_rounding_goes(
     one: Path, two_bf16: Path, name: str, kind: str
 ) -> None:
