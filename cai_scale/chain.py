@@ -56,7 +56,7 @@ def stages(run: Run) -> dict[str, Stage]:
         product = (into.adapter, into.model)
         found[of_round("train", number)] = Stage(
             (*settings, train, *data, *policy),
-            (*product, into.head, into.metrics, into.checkpoints),
+            (*product, into.head, into.metrics, into.checkpoints, files.references),
         )
         policy = product
     evaluated: tuple[Path, ...]

@@ -98,6 +98,8 @@ def train(job: Job, number: int, answers: list[Answer], pairs: list[Pair]) -> No
                 prompts=job.prompts,
                 answers=answers,
                 pairs=pairs,
+                references=job.run.round(number).references,
+                weights=job.run.record["weights"],
                 critic=job.critic,
                 sampler=_live(job),
             )

@@ -17,6 +17,7 @@ from cai_scale.ranks import Ranks
 from cai_scale.records import Answer, Completion, Prompt, Response, Score, read_json, read_records
 from cai_scale.rollout.sampler import Request
 from cai_scale.runs import Run
+from cai_scale.training import references
 
 # Means are stored to six decimals; another processor may round the last one differently.
 TOLERANCE = 1.5e-6
@@ -46,6 +47,8 @@ class Replay:
                 ("pair", self.pair),
             ):
                 by_stage[of_round(name, number)] = functools.partial(check, number)
+            if self.run.round(number).references.is_file():
+                by_stage[of_round("train", number)] = functools.partial(self.references, number)
         return {name: check for name, check in by_stage.items() if name in stages(self.run)}
 
     @functools.cached_property
@@ -137,6 +140,19 @@ class Replay:
                 )
         _same(read_json(files.audit), figures, "audit.json")
         return f"{len(pairs)} pairs and their audit, rebuilt from the answers"
+
+    def references(self, number: int) -> str:
+        """They are of the pairs and of the base model; the numbers themselves need that model."""
+        files, record = self.run.round(number), self.run.record
+        key, found = references.content(files.references)
+        ours = {"max_length": self.config.max_length, "qlora": self.config.qlora}
+        ours |= {"weights": record["weights"], "precision": record["precision"]["name"]}
+        _same({name: key.get(name) for name in ours}, ours, "references.json: key")
+        ids = {reference.prompt_id for reference in found}
+        trained = [p.prompt_id for p in read_pairs(files.pairs) if p.prompt_id in ids]
+        if [reference.prompt_id for reference in found] != trained:
+            raise GateError("references.json is of other pairs than pairs.jsonl has")
+        return f"references of {len(found)} pairs by the base model that config.json names"
 
     @functools.cached_property
     def rewarded(self) -> list[Answer]:

@@ -80,6 +80,11 @@ class Round(Trained):
         return self.path / "pairs.jsonl"
 
     @property
+    def references(self) -> Path:
+        """What the base model gives the pairs: see `training.references`."""
+        return self.path / "references.json"
+
+    @property
     def audit(self) -> Path:
         return self.path / "audit.json"
 

@@ -11,6 +11,7 @@ from cai_scale.methods import load_method
 from cai_scale.ranks import Ranks
 from cai_scale.records import Answer, Candidate, Pair, Prompt, Response, Score, read_jsonl
 from cai_scale.runs import Run
+from cai_scale.training.models import weights_sha256
 from cai_scale.training.precision import Precision
 from cai_scale.training.task import Task
 
@@ -71,6 +72,8 @@ def task(model: Path, folder: Path, **given: Any) -> Task:
             "precision": Precision("fp32", "test"),
             "ds_config": None,
             "into": Run(folder),
+            "references": Run(folder).round(1).references,
+            "weights": weights_sha256(str(model)),
             "critic": LexiconCritic(constitution.load()),
             **own,
         }

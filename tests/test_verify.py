@@ -129,6 +129,7 @@ def test_every_changed_byte_of_a_bundle_is_caught_without_its_run(run: Run) -> N
         ("rounds/1/audit.json", "pair"),
         ("adapter/adapter_model.safetensors", "train"),
         ("metrics.jsonl", "train"),
+        ("rounds/1/references.json", "train"),
         ("costs.json", "summary"),
         ("report.html", "summary"),
         ("summary.json", "summary"),
@@ -155,6 +156,15 @@ def test_an_unknown_file_is_broken_and_removed_checkpoints_are_not(bare: Run) ->
 def swap(rows: list[Any]) -> list[Any]:
     rows[0]["chosen"], rows[0]["rejected"] = rows[0]["rejected"], rows[0]["chosen"]
     return rows
+
+
+def of_another_model(references: dict[str, Any]) -> dict[str, Any]:
+    references["key"]["weights"]["model.safetensors"] = "0" * 64
+    return references
+
+
+def in_another_order(references: dict[str, Any]) -> dict[str, Any]:
+    return references | {"pairs": references["pairs"][::-1]}
 
 
 def text_of(row: int, text: str) -> Callable[[list[Any]], list[Any]]:
@@ -191,6 +201,8 @@ def raised(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ("evaluation/after.jsonl", text_of(0, "a c n a c n"), "summary", "summary.json"),
         ("evaluation/after.jsonl", text_of(0, 7), "summary", "not as it was written"),  # type: ignore[arg-type]
         ("evaluation/before.jsonl", lambda rows: rows[::-1], "evaluate before", "answers"),
+        ("rounds/1/references.json", of_another_model, "train", "key: weights: model.safetensors"),
+        ("rounds/1/references.json", in_another_order, "train", "of other pairs"),
         ("prompts/train.jsonl", lambda rows: rows[1:], "start", "prompts/train.jsonl"),
         ("constitution.json", lambda c: c | {"name": "other"}, "start", "constitution.json"),
         ("summary.json", raised("ci95"), "summary", "delta: ci95 is 0.01"),

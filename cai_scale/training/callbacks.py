@@ -1,5 +1,6 @@
 """What happens beside the training steps."""
 
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ class MetricsLog(TrainerCallback):
             figures = {k: v for k, v in logs.items() if isinstance(v, int | float) and isfinite(v)}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(canonical({"step": state.global_step, **figures}) + "\n")
+
+
+class AtStart(TrainerCallback):
+    """Call a function before the first step: the model is placed and sharded as it is trained."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.act()
 
 
 class ProgressBar(ProgressCallback):

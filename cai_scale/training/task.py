@@ -1,7 +1,7 @@
 """What a method is given: the settings, the data of one round, and where its training goes."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ class Task:
             the base model.
         prompts, answers, pairs: the round's data; answers that are empty have no score and are
             left out.
+        references: the file that keeps what the base model gives the pairs, for methods that
+            compare the policy with it.
+        weights: SHA-256 of each file of the base model's weights, by its name.
         critic: scores the answers of methods that sample while they train.
         sampler: makes a sampler of the policy in a folder, or of the base model where that is
             None, for methods that sample while they train: see `training.live`. Where there is
@@ -41,5 +44,7 @@ class Task:
     prompts: Sequence[Prompt] = ()
     answers: Sequence[Answer] = ()
     pairs: Sequence[Pair] = ()
+    references: Path | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
     critic: Critic | None = None
     sampler: Callable[[Path | None], Sampler] | None = None
