@@ -104,6 +104,7 @@ def ours(given: argparse.Namespace, config: Config, pairs: list[Pair]) -> None:
         into=Run(given.into),
         pairs=pairs,
         answers=answers(pairs),
+        references=given.into / "references.json",
     )
     load_method(config.method).train(task)
 
