@@ -137,33 +137,35 @@ def best(folder: Path, method: str, precision: str, batch: int) -> tuple[dict[st
         {"rows": batch // 4, "weights": formats[0]},
     ]
     tried += [{"rows": batch, "weights": formats[0], "checkpointing": True}]
-    rates = []
+    found = []
     for settings in tried:
         with ExitStack() as stack:
             trainee = start(stack, folder, "stock", method, precision, batch=batch, **settings)
             trainee.step()
-            rates.append(rate(trainee.step()))
-            print(method, precision, settings, f"{rates[-1]:.0f} tokens/s", file=sys.stderr)
-    found = max(range(len(tried)), key=rates.__getitem__)
-    return tried[found], [{**one, "rate": r} for one, r in zip(tried, rates, strict=True)]
+            taken = trainee.step()
+        found.append({"rate": rate(taken), "memory": taken["memory"], **settings})
+        print(method, precision, found[-1], file=sys.stderr)
+    quickest = max(range(len(tried)), key=lambda i: found[i]["rate"])
+    return tried[quickest], found
 
 
 def compare(folder: Path, method: str, precision: str, batch: int) -> dict[str, Any]:
-    """Steps in turn: real tokens a second, and bytes above the loaded model at the peak."""
+    """Steps in turn: real tokens a second; bytes above the loaded model at the peak, the whole
+    batch at once."""
     settings, tried = best(folder, method, precision, batch)
     with ExitStack() as stack:
         begin = partial(start, stack, folder, method=method, precision=precision, batch=batch)
         trainees = {"stock": begin(who="stock", **settings), "ours": begin(who="ours", rows=batch)}
         taken: dict[str, list[dict[str, float]]] = {name: [] for name in trainees}
-        for trainee in trainees.values():
-            trainee.step()  # warm
 
         def measured(name: str) -> float:
-            taken[name].append(trainees[name].step())
+            trainees[name].step()  # warm again: what it freed before has gone back to the system
+            taken[name].append(trainees[name].step(2))
             return rate(taken[name][-1])
 
         rates = in_turn({name: partial(measured, name) for name in trainees}, TURNS)
-    memory = {name: max(one["memory"] for one in found) for name, found in taken.items()}
+    at_once = next(one["memory"] for one in tried if one["weights"] == settings["weights"])
+    memory = {"stock": at_once, "ours": max(one["memory"] for one in taken["ours"])}
     return {"rates": rates, "memory": memory, "stock settings": settings, "tried": tried}
 
 

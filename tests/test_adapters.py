@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
 
 from cai_scale.config import Config
 from cai_scale.errors import IntegrityError, MissingError
-from cai_scale.training.adapters import CONFIG, WEIGHTS, adapter_shapes, check_adapter, lora
+from cai_scale.training.adapters import (
+    CONFIG,
+    WEIGHTS,
+    adapter_shapes,
+    check_adapter,
+    leave_formats_to_autocast,
+    lora,
+)
+from cai_scale.training.models import load_model
 
 A, B = "m.q_proj.lora_A.weight", "m.q_proj.lora_B.weight"
 SHAPES = {A: (4, 16), B: (16, 4)}
@@ -91,3 +100,30 @@ def test_shapes_of_a_model_are_those_that_it_saves(tmp_path: Path, tiny_model: P
     assert not any("lm_head" in name for name in shapes)
     model.save_pretrained(tmp_path)
     check_adapter(tmp_path, shapes)
+
+
+def test_autocast_alone_chooses_formats(tiny_model: Path) -> None:
+    """The same numbers to the last bit, without the way to fp32 and back."""
+    base = load_model(str(tiny_model), torch.bfloat16)
+    model = get_peft_model(base, lora(Config(lora_r=4)))
+    seen: set[torch.dtype] = set()
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
+        if name.endswith("lora_B.default"):
+            torch.nn.init.normal_(module.weight)
+
+    def results() -> list[torch.Tensor]:
+        seen.clear()
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=torch.arange(3, 12)[None]).logits
+        logits.float().square().sum().backward()
+        return [logits, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    before = results()
+    assert seen == {torch.float32}
+    leave_formats_to_autocast(model)
+    after = results()
+    assert seen == {torch.bfloat16}
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))

@@ -63,6 +63,15 @@ def adapt(model: "PreTrainedModel", settings: "LoraConfig", *, seed: int) -> "Pe
     return adapted
 
 
+def leave_formats_to_autocast(model: Any) -> None:
+    """Keep peft from turning the input of every LoRA layer to fp32, which autocast turns back."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+
+
 def load_into(model: "PeftModel", folder: Path) -> None:
     """Give a model whose adapter is new the weights of a saved one, to train on.
 

@@ -151,6 +151,9 @@ def fit(
     if task.config.lora and task.start is not None:
         adapters.load_into(model, task.start)
     expected = adapters.adapter_shapes(model) if task.config.lora else None
+    mixed = task.ds_config is None and task.precision.name != "fp32"
+    if mixed and task.config.collects:  # sampling while it trains is outside of autocast
+        adapters.leave_formats_to_autocast(model)
     trainer.train(resume_from_checkpoint=newest_checkpoint(task.into.checkpoints))
 
     aside = task.into.path / ".product"
