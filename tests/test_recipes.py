@@ -88,15 +88,15 @@ QWEN_LARGE = llama_like(
 
 # Each recipe's model, the ranks that it is meant for, and (rows at once on a rank, how often).
 EXPECTED = {
-    "quick.yaml": (SMOLLM, 1, (4, 2)),
-    "dpo.yaml": (SMOLLM, 1, (4, 2)),
-    "sft.yaml": (SMOLLM, 1, (4, 2)),
+    "quick.yaml": (SMOLLM, 1, (8, 1)),
+    "dpo.yaml": (SMOLLM, 1, (8, 1)),
+    "sft.yaml": (SMOLLM, 1, (8, 1)),
     "reward.yaml": (SMOLLM, 2, (4, 1)),
     "rlaif.yaml": (SMOLLM, 2, (4, 1)),
     "grpo.yaml": (SMOLLM, 1, (8, 8)),
-    "source-rlaif.yaml": (GPT2, 1, (4, 2)),
-    "source-dpo.yaml": (GPT2, 1, (4, 2)),
-    "vietnamese.yaml": (QWEN_SMALL, 1, (4, 2)),
+    "source-rlaif.yaml": (GPT2, 1, (8, 1)),
+    "source-dpo.yaml": (GPT2, 1, (8, 1)),
+    "vietnamese.yaml": (QWEN_SMALL, 1, (8, 1)),
     "llama-3.1-8b-8gpu.yaml": (LLAMA, 8, (2, 4)),
     "qwen-72b-multinode.yaml": (QWEN_LARGE, 16, (1, 4)),
 }
