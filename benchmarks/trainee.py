@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from trl import DPOConfig, DPOTrainer
 
 from cai_scale.config import Config
@@ -124,6 +130,7 @@ def stock(given: argparse.Namespace, config: Config, pairs: list[Pair]) -> None:
         "num_train_epochs": config.epochs,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "cosine",
+        "warmup_steps": int(config.epochs * len(pairs) / config.batch_size) // 10,
         "bf16": given.precision == "bf16",
         "use_cpu": not torch.cuda.is_available(),
         "save_strategy": "no",
@@ -209,6 +216,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="stock")
     given = parser.parse_args()
     given.into.mkdir(parents=True)
+    set_seed(0)  # the adapter that both begin with
     config = Config(
         method=given.method,
         model=given.model,
