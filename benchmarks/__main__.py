@@ -204,9 +204,9 @@ def training(figures: dict[str, Any]) -> str:
     ]
     return (
         f"{table([*head, 'GiB over the model', '÷ stock', 'target'], rows)}\n\nMedians of 5 turns "
-        f"of two steps, 8 pairs each (rlaif: 16 answers); the stock trainers with the settings with "
-        f"which they were quickest, memory with a whole step at once. Peak of matrix products, 10⁹ a "
-        f"second: {peaks}; a real token of dpo needs {figures['operations'] / 1e9:.2f} · 10⁹ "
+        f"of two steps, 8 pairs each (rlaif: 16 answers); the stock trainers as they were "
+        f"quickest, memory with a whole step at once. Peak of matrix products, 10⁹ "
+        f"a second: {peaks}; a real token of dpo needs {figures['operations'] / 1e9:.2f} · 10⁹ "
         f"operations. Stock's settings that were tried, tokens a second: {tried}."
         + (
             "\n\nAfter 50 steps of 2 pairs, against stock in fp32 (targets: fp32 1e-3; bf16 no "
