@@ -34,7 +34,7 @@ def tiny(family: str, **settings: Any) -> Any:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Rows of 15, 18, 16 and 20 tokens, padded on either side; two and two begin alike, and one
+    """Rows of 15, 18, 16, 20 and 7 tokens, padded on either side; two and two begin alike, and one
     is the beginning of another."""
     ids = torch.randint(3, 64, (5, 20), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)

@@ -20,7 +20,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """log π_ref of the two answers of a pair: sums over their tokens, in nats, computed in fp32."""
+    """log π_ref of the two answers of a pair: sums over their tokens, in nats."""
 
     prompt_id: str
     chosen: float

@@ -53,7 +53,7 @@ def main() -> None:
                     task(
                         *(model, into),
                         ranks=peers,
-                        precision=Precision(precision, "test"),  # type: ignore[arg-type]
+                        precision=Precision(precision, "test"),
                         ds_config=None if name == "none" else read_ds_config(f"{name}.json"),
                         references=Run(folder / name / kind).round(1).references,
                         pairs=pairs(8),
