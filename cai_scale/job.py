@@ -181,8 +181,8 @@ def _check_reporting(names: Sequence[str]) -> None:
 
 def _keep(run: Run, constitution: Constitution, asked: Mapping[str, Sequence[Prompt]]) -> None:
     """Copy what the run starts from into it; a run that continues has it already."""
+    run.remove_policies()  # of a start that was killed; the other ranks have not begun
     if not run.constitution.is_file():
-        run.remove_policies()
         write_json(run.constitution, constitution.data)
     for kind, prompts in asked.items():
         if not run.prompts(kind).is_file():

@@ -105,6 +105,8 @@ def train(job: Job, number: int, answers: list[Answer], pairs: list[Pair]) -> No
             )
         )
         ranks.wait_for(into.adapter, into.model)
+    if job.ranks.main:  # a training that samples has left the base model's graph
+        job.run.remove_policies()
     gc.collect()
 
 

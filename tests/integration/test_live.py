@@ -38,8 +38,9 @@ def test_a_graph_answers_as_the_weights_do(job: list[str], tmp_path: Path, metho
     assert not list(graph.path.glob(".live*")) and not list(graph.path.glob(".policy*"))
     for run in (weights, graph):
         assert [link for link in verify_run(run) if link.ok is False] == []
-    # The control: with another seed, other answers.
+    # The control: with another seed, other answers. And no graph is left where nothing follows.
     other = Run(tmp_path / "other")
-    command = ["-m", "cai_scale.launch.train", *flags, "--seed", "1", "--output", str(other.path)]
-    assert run_python(*command).returncode == 0
+    command = ["-m", "cai_scale.cli", "train", *flags, "--sampler", "onnx", "--seed", "1"]
+    assert run_python(*command, "--output", str(other.path)).returncode == 0
     assert figures(other, score) != pytest.approx(figures(weights, score), rel=1e-6)
+    assert not list(other.path.glob(".policy*"))

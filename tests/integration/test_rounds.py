@@ -74,6 +74,8 @@ def test_a_killed_run_of_rounds_ends_as_the_other(
         shutil.rmtree(path)
     for path in (copy.summary, copy.report, copy.metrics, copy.round(2).pairs):
         path.unlink()
+    (copy.path / ".policy-base.taken").mkdir()  # killed while it exported
+    (copy.path / ".policy-base.partial").mkdir()
     result = main_job("--resume", "--output", str(copy.path))
     assert result.returncode == 0, result.stderr
     assert sha256(copy.adapter / "adapter_model.safetensors") == expected
