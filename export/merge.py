@@ -45,7 +45,8 @@ def merged_policy(model: str, product: Path | None) -> Merged:
     """A model in fp32 with what a training made of it, merged; nothing is compared."""
     import torch
 
-    loaded: Any = models.load_trained(model, product, torch.float32).cpu()
+    with models.whole():  # one rank exports alone, while ZeRO-3 may shard what is trained
+        loaded: Any = models.load_trained(model, product, torch.float32).cpu()
     if product is not None and models.is_adapter(product):
         loaded = loaded.merge_and_unload(safe_merge=True).eval()
     return Merged(loaded, models.load_tokenizer(model), None)

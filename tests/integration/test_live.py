@@ -13,6 +13,7 @@ from processes import run_deepspeed, run_python
 pytestmark = pytest.mark.slow
 
 METHODS = {"grpo": ["--method", "grpo"], "rlaif": ["--method", "rlaif", "--refresh", "step"]}
+CONFIGS = {"grpo": "zero3.json", "rlaif": "zero2.json"}
 
 
 def figures(run: Run, name: str) -> list[Any]:
@@ -28,7 +29,7 @@ def test_a_graph_answers_as_the_weights_do(job: list[str], tmp_path: Path, metho
     command = ["-m", "cai_scale.launch.train", *flags]
     one = run_python(*command, "--sampler", "transformers", "--output", str(weights.path))
     assert one.returncode == 0, one.stderr
-    command = [*flags, "--sampler", "onnx", "--ds_config", "zero2.json"]
+    command = [*flags, "--sampler", "onnx", "--ds_config", CONFIGS[method]]
     two = run_deepspeed(2, "launch/train.py", *command, "--output", str(graph.path))
     assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-4000:]
     score = "reward" if method == "grpo" else "critic_score"
