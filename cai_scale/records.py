@@ -19,11 +19,36 @@ T = TypeVar("T")
 class Score:
     """A critic's verdict: a score per principle and the weighted mean, each in [0, 1].
 
-    `principles` is empty where a critic gives the mean alone.
+    `principles` is empty where a critic gives the mean alone. `votes` holds what each of several
+    critics gave overall, by its name; it is empty where there is one.
     """
 
     principles: Mapping[str, float]
     overall: float
+    votes: Mapping[str, float] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """As a record: what `Score(**record)` takes."""
+        votes = {"votes": dict(self.votes)} if self.votes else {}
+        return {"principles": dict(self.principles), "overall": self.overall, **votes}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A critic's verdict on two answers to one prompt.
+
+    `lean` is in [-1, 1]: above 0 where the first is better, 0 for a tie, None for an abstention.
+    `why` says what made it a tie or an abstention, where something did. `principles` holds the
+    lean by each principle that was asked about.
+    """
+
+    lean: float | None
+    why: str = ""
+    principles: Mapping[str, float] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """As a record: what `Preference(**record)` takes."""
+        return {"lean": self.lean, "why": self.why, "principles": dict(self.principles)}
 
 
 @dataclass(frozen=True, kw_only=True)

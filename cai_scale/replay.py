@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from cai_scale import config as settings
@@ -193,7 +192,7 @@ class Replay:
         file = self.run.round(1).scores(product)
         stored = read_records(file, lambda row: row["score"])
         for score, other, response in zip(again, stored, responses, strict=True):
-            _same(other, score and asdict(score), f"{file.name}: {response.prompt_id}")
+            _same(other, score and score.plain(), f"{file.name}: {response.prompt_id}")
         return "scored again"
 
 

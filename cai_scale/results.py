@@ -128,7 +128,7 @@ def score_once(
         write_jsonl(
             product,
             (
-                {"prompt_id": r.prompt_id, "sample": r.sample, "score": s and asdict(s)}
+                {"prompt_id": r.prompt_id, "sample": r.sample, "score": s and s.plain()}
                 for r, s in zip(responses, scores, strict=True)
             ),
         )

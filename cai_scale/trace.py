@@ -186,7 +186,7 @@ def _shown(answer: Response, score: Score | None, critic: LexiconCritic) -> dict
     }
     return {
         **asdict(answer),
-        "score": score and asdict(score),
+        "score": score and score.plain(),
         "words": [
             {
                 "term": term,

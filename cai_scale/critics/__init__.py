@@ -5,18 +5,37 @@ from typing import Protocol
 
 from cai_scale.constitution import Constitution
 from cai_scale.errors import ConfigError
-from cai_scale.records import Score
+from cai_scale.records import Preference, Score
 
 NAMES = ("lexicon", "reward:PATH")
 
 
+EMPTY = "empty answer"
+
+
 class Critic(Protocol):
-    """Scores responses; `None` stands for an empty response, which has no score."""
+    """Scores responses; `None` stands for one that has no score: an empty one, for example."""
 
     name: str
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
         """One score per (prompt, response), in order."""
+        ...
+
+    def why(self, prompt: str, response: str) -> str:
+        """Why a response has no score."""
+        ...
+
+
+class Comparer(Protocol):
+    """Says which of two responses to a prompt is better."""
+
+    name: str
+
+    def compare(
+        self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]
+    ) -> list[Preference]:
+        """One preference per (prompt, first, second), in order."""
         ...
 
 

@@ -36,3 +36,6 @@ class Checked:
                             f"a number from 0 to 1; mend it, or use another"
                         )
         return scores
+
+    def why(self, prompt: str, response: str) -> str:
+        return self.critic.why(prompt, response)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from cai_scale.constitution import Constitution, TermList
+from cai_scale.critics import EMPTY
 from cai_scale.critics.fold import Origin, fold, tokenise, tokens
 from cai_scale.errors import ConfigError
 from cai_scale.records import Score
@@ -82,6 +83,9 @@ class LexiconCritic:
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
         """Score each response; `prompts` are not read. None for a response without text."""
         return [self._score_one(response) for response in responses]
+
+    def why(self, prompt: str, response: str) -> str:
+        return EMPTY
 
     def occurrences(self, response: str) -> Counter[tuple[str, str, str]]:
         """How often each (principle id, list id, term as matched) occurs."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cai_scale.commands import require
 from cai_scale.constitution import Constitution
+from cai_scale.critics import EMPTY
 from cai_scale.critics.reading import check_same, reading_of_bundle, reading_of_model
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.records import Score, checksums, exchange, read_json, sha256
@@ -64,6 +65,9 @@ class RewardCritic:
         for index, row in zip(given, bounded(raw, self.model.objective).tolist(), strict=True):
             scores[index] = self._score(dict(zip(self.model.labels, row, strict=True)))
         return scores
+
+    def why(self, prompt: str, response: str) -> str:
+        return EMPTY
 
     def _score(self, values: dict[str, float]) -> Score:
         if "overall" in values:

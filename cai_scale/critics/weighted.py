@@ -38,30 +38,53 @@ def parse(name: str) -> list[tuple[str, float]]:
 class WeightedCritic:
     """The weighted mean of several critics; each principle's is over the critics that score it."""
 
-    def __init__(self, name: str, parts: Sequence[tuple[Critic, float]]) -> None:
+    def __init__(
+        self, name: str, parts: Sequence[tuple[Critic, float]], agreement: float = 0.0
+    ) -> None:
+        """
+        Args:
+            agreement: in [0, 1]; a response has no score where 1 less the range of what the
+                critics give it overall is under this.
+        """
         self.name = name
         self.parts = parts
+        self.agreement = agreement
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
         from cai_scale.critics.guard import Checked
 
-        weights = [weight for _, weight in self.parts]
         columns = [Checked(critic).score(prompts, responses) for critic, _ in self.parts]
-        return [_mean(scores, weights) for scores in zip(*columns, strict=True)]
+        return [self._mean(scores) for scores in zip(*columns, strict=True)]
 
+    def why(self, prompt: str, response: str) -> str:
+        for critic, _ in self.parts:
+            if critic.score([prompt], [response]) == [None]:
+                return f"{critic.name}: {critic.why(prompt, response)}"
+        return "the critics disagree"
 
-def _mean(scores: Sequence[Score | None], weights: Sequence[float]) -> Score | None:
-    given = [(score, weight) for score, weight in zip(scores, weights, strict=True) if score]
-    if len(given) < len(scores):
-        return None
-    principles = dict.fromkeys(name for score, _ in given for name in score.principles)
-    return Score(
-        {
-            name: _average([(s.principles[name], w) for s, w in given if name in s.principles])
-            for name in principles
-        },
-        _average([(score.overall, weight) for score, weight in given]),
-    )
+    def _mean(self, scores: Sequence[Score | None]) -> Score | None:
+        given = [
+            (score, weight, critic.name)
+            for score, (critic, weight) in zip(scores, self.parts, strict=True)
+            if score
+        ]
+        if len(given) < len(scores):
+            return None
+        votes = {name: score.overall for score, _, name in given}
+        # Rounded as scores are, so that an agreement that is just reached counts.
+        if round(1 - (max(votes.values()) - min(votes.values())), 9) < self.agreement:
+            return None
+        principles = dict.fromkeys(name for score, _, _ in given for name in score.principles)
+        return Score(
+            {
+                name: _average(
+                    [(s.principles[name], w) for s, w, _ in given if name in s.principles]
+                )
+                for name in principles
+            },
+            _average([(score.overall, weight) for score, weight, _ in given]),
+            votes,
+        )
 
 
 def _average(values: Sequence[tuple[float, float]]) -> float:
