@@ -23,6 +23,10 @@ class ServerError(CaiError, ConnectionError):
     """A server that a command asks does not answer, or not as it should."""
 
 
+class BudgetError(CaiError):
+    """What a command was allowed to spend is spent."""
+
+
 class IntegrityError(CaiError):
     """A file is not the one that was written: a wrong hash, shape or key."""
 

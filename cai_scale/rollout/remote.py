@@ -12,9 +12,9 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cai_scale import endpoint
 from cai_scale.errors import ConfigError, ServerError
 from cai_scale.records import Completion, sha256
-from cai_scale.rollout import server
 from cai_scale.rollout.sampler import PromptReader, Request
 from cai_scale.runtime.sampling import identity
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI, OpenAIError
     from transformers import PreTrainedTokenizerBase
 
-CHECK_SECONDS = 5  # for a server to say which models it has
 DEADLINE = 600.0  # seconds for one answer, all tries and the server's queue included
 # The files of a LoRA adapter, as peft and vLLM know them.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,24 +40,10 @@ def check(url: str, model: str, *, adapters: bool = False) -> None:
         ServerError: the server does not answer within seconds, has no such model, or does not
             load adapters.
     """
-    server.check_url(url)
-    from openai import OpenAIError
-
-    with server.client(url, timeout=CHECK_SECONDS) as client:
-        try:
-            names = server.model_names(client)
-        except OpenAIError as error:
-            raise ServerError(
-                f"server {url} does not answer at /models ({server.reason(error)}); start it, or "
-                f"mend --sampler_url, which as a rule ends in /v1"
-            ) from None
-        if model not in names:
-            known = ", ".join(names[:5]) or "none"
-            raise ServerError(
-                f"server {url} has no model {model!r}, its models: {known}; name one of them with "
-                f"--sampler_model"
-            )
-        if adapters:
+    names = endpoint.models_of(url, "--sampler_url")
+    endpoint.check_model(url, names, model, "--sampler_model")
+    if adapters:
+        with endpoint.client(url, timeout=endpoint.CHECK_SECONDS) as client:
             _check_adapters(client, url)
 
 
@@ -132,7 +117,7 @@ class RemoteSampler:
         # An adapter that stays loaded does no harm: its name is its hash.
         with (
             contextlib.suppress(OpenAIError),
-            server.client(self.url, timeout=CHECK_SECONDS) as client,
+            endpoint.client(self.url, timeout=endpoint.CHECK_SECONDS) as client,
         ):
             client.post("/unload_lora_adapter", cast_to=str, body=unwanted)
 
@@ -149,12 +134,12 @@ class RemoteSampler:
         from openai import OpenAIError
 
         wanted = {"lora_name": self._lora_name, "lora_path": str(self.adapter.resolve())}
-        with server.client(self.url, timeout=self.deadline) as client:
+        with endpoint.client(self.url, timeout=self.deadline) as client:
             try:
                 client.post("/load_lora_adapter", cast_to=str, body=wanted)
             except OpenAIError as error:
                 with contextlib.suppress(OpenAIError):
-                    if self._lora_name in server.model_names(client):
+                    if self._lora_name in endpoint.model_names(client):
                         return self._lora_name
                 raise _no_adapters(self.url, f"refuses {self.adapter}", error) from None
         return self._lora_name
@@ -164,7 +149,7 @@ class RemoteSampler:
     ) -> AsyncGenerator[tuple[Request, Completion], None]:
         waiting = iter(requests)
         running: set[asyncio.Task[tuple[Request, Completion]]] = set()
-        async with server.async_client(self.url, timeout=self.deadline) as client:
+        async with endpoint.async_client(self.url, timeout=self.deadline) as client:
             try:
                 while True:
                     for request in itertools.islice(waiting, self.rows - len(running)):
@@ -193,13 +178,13 @@ class RemoteSampler:
                     try:
                         return request, await self._ask(client, model, request)
                     except OpenAIError as error:
-                        trouble = server.reason(error)
-                        if not server.passing(error):
+                        trouble = endpoint.reason(error)
+                        if not endpoint.passing(error):
                             raise ServerError(
                                 f"server {self.url} refuses prompt {request.prompt_id} "
                                 f"({trouble}); mend the cause, then continue with --resume"
                             ) from None
-                        await asyncio.sleep(server.pause(error, tries))
+                        await asyncio.sleep(endpoint.pause(error, tries))
         except TimeoutError:
             pass
         raise ServerError(
@@ -257,7 +242,7 @@ def _check_adapters(client: "OpenAI", url: str) -> None:
 
 def _no_adapters(url: str, what: str, error: "OpenAIError") -> ServerError:
     return ServerError(
-        f"server {url} {what} ({server.reason(error)}); start vLLM with --enable-lora, "
+        f"server {url} {what} ({endpoint.reason(error)}); start vLLM with --enable-lora, "
         f"--max-lora-rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True where it sees the run's "
         f"folder, {LOCAL}"
     )

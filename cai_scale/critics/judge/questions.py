@@ -76,6 +76,7 @@ class Question:
     """One question to a judge.
 
     Attributes:
+        kind: "rate", "compare" or "choose".
         messages: what it reads.
         ids: the principles that it is asked about.
         schema: the JSON schema of its reply; None where it replies with a letter, by whose
@@ -83,6 +84,7 @@ class Question:
         settle: what it is asked after its reasoning; None where it replies at once.
     """
 
+    kind: str
     messages: tuple[Message, ...]
     ids: tuple[str, ...]
     schema: dict[str, Any] | None
@@ -100,7 +102,8 @@ def rate(
     request = _request(words, words["rate"], lines, ids, words["number"], thinking)
     fences = {"prompt": prompt, "answer": response}
     number = {"type": "number", "minimum": 0, "maximum": 1}
-    return Question(_messages(words, fences, request), ids, _schema(ids, number, thinking))
+    messages = _messages(words, fences, request)
+    return Question("rate", messages, ids, _schema(ids, number, thinking))
 
 
 def compare(
@@ -118,11 +121,8 @@ def compare(
     ids = tuple(p.id for p in principles)
     request = _request(words, words["compare"], lines, ids, words["choice"], thinking)
     choice = {"type": "string", "enum": [*OPTIONS, TIE]}
-    return Question(
-        _messages(words, _both(prompt, first, second), request),
-        ids,
-        _schema(ids, choice, thinking),
-    )
+    messages = _messages(words, _both(prompt, first, second), request)
+    return Question("compare", messages, ids, _schema(ids, choice, thinking))
 
 
 def choose(
@@ -138,12 +138,9 @@ def choose(
     words, language = _words(constitution)
     asked = words["think" if thinking else "letter"]
     request = asked.replace("{principle}", _statement(constitution, principle, language))
-    return Question(
-        _messages(words, _both(prompt, first, second), request),
-        (principle.id,),
-        None,
-        words["settle"] if thinking else None,
-    )
+    messages = _messages(words, _both(prompt, first, second), request)
+    settle = words["settle"] if thinking else None
+    return Question("choose", messages, (principle.id,), None, settle)
 
 
 def fenced(text: str) -> str:

@@ -6,14 +6,20 @@ from collections.abc import Mapping, Sequence
 from math import exp
 from typing import Any
 
-from cai_scale.critics.judge.questions import OPTIONS, REASONING, TIE
+from cai_scale.critics.judge.questions import OPTIONS, REASONING, TIE, Question
 from cai_scale.errors import DataError
 
 LEAST_MASS = 0.05  # of a reply's first token, on the options; less is no choice between them
 LONGEST = 20_000  # characters of a reply that is read
 
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)  # of models that always think
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
 _CHOICES = {OPTIONS[0]: 1.0, OPTIONS[1]: -1.0, TIE: 0.0}
+
+
+def read(question: Question, reply: str) -> dict[str, float]:
+    """The verdict of a reply to a question that has a schema; raises as `ratings`."""
+    return (ratings if question.kind == "rate" else choices)(reply, question.ids)
 
 
 def ratings(reply: str, ids: Sequence[str]) -> dict[str, float]:
@@ -53,7 +59,7 @@ def probability(first_token: Mapping[str, float]) -> float:
     for token, log_probability in first_token.items():
         letter = token.strip(' \n"*(').upper()
         if letter in mass:
-            mass[letter] += exp(log_probability)
+            mass[letter] += exp(min(log_probability, 0.0))
     total = sum(mass.values())
     if not total >= LEAST_MASS:
         raise DataError("the reply begins with neither A nor B")
@@ -62,9 +68,9 @@ def probability(first_token: Mapping[str, float]) -> float:
 
 def _object(reply: str, ids: Sequence[str]) -> dict[str, Any]:
     """The values of `ids` in a reply that is one JSON object with these keys, once each."""
-    text = reply.strip()
-    if len(text) > LONGEST:
-        raise DataError(f"the reply has {len(text)} characters")
+    if len(reply) > LONGEST:
+        raise DataError(f"the reply has {len(reply)} characters")
+    text = _THOUGHT.sub("", reply, count=1).strip()
     if fence := _FENCE.fullmatch(text):
         text = fence[1]
     try:

@@ -8,21 +8,23 @@ import email.utils
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from cai_scale.errors import ConfigError
+from cai_scale.errors import ConfigError, ServerError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI, OpenAIError
 
 KEY = "OPENAI_API_KEY"
+CHECK_SECONDS = 5  # for a server to say which models it has
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between tries, where the server names none
 
 
-def check_url(url: str) -> None:
-    """Complain about an address that is malformed, or holds what should be kept secret."""
+def check_url(url: str, flag: str) -> None:
+    """Complain about an address that is malformed, or holds what should be kept secret; `flag`
+    is what it was given by."""
     try:
         parts = urlsplit(url)
         well_formed = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -30,9 +32,9 @@ def check_url(url: str) -> None:
         well_formed = False
     else:
         if parts.username is not None or parts.password is not None:
-            raise ConfigError(f"--sampler_url holds a password; take it out, and set {KEY} instead")
+            raise ConfigError(f"{flag} holds a password; take it out, and set {KEY} instead")
     if not well_formed or parts.query or parts.fragment:
-        raise ConfigError(f"--sampler_url {url!r}: expected an address such as http://host:8000/v1")
+        raise ConfigError(f"{flag} {url!r}: expected an address such as http://host:8000/v1")
 
 
 def _key() -> str:
@@ -55,6 +57,36 @@ def async_client(url: str, *, timeout: float) -> "AsyncOpenAI":
     from openai import AsyncOpenAI
 
     return AsyncOpenAI(base_url=url, api_key=_key(), timeout=timeout, max_retries=0)
+
+
+def models_of(url: str, flag: str) -> list[str]:
+    """What the server at an address lists at /models; `flag` is what the address was given by.
+
+    Raises:
+        ConfigError: the address or the key is malformed.
+        ServerError: the server does not answer within seconds.
+    """
+    check_url(url, flag)
+    from openai import OpenAIError
+
+    with client(url, timeout=CHECK_SECONDS) as asking:
+        try:
+            return model_names(asking)
+        except OpenAIError as error:
+            raise ServerError(
+                f"server {url} does not answer at /models ({reason(error)}); start it, or mend "
+                f"{flag}, which as a rule ends in /v1"
+            ) from None
+
+
+def check_model(url: str, names: Sequence[str], model: str, flag: str) -> None:
+    """Complain about a model that the server does not list; `flag` is what it was given by."""
+    if model not in names:
+        known = ", ".join(names[:5]) or "none"
+        raise ServerError(
+            f"server {url} has no model {model!r}, its models: {known}; name one of them with "
+            f"{flag}"
+        )
 
 
 def model_names(client: "OpenAI") -> list[str]:

@@ -1,0 +1,142 @@
+"""The journal of a judge: every verdict once, kept as it comes, in one SQLite file.
+
+A key stands for all that decides a verdict: the constitution, the judge, the question with its
+template, the prompt, the answers and their order. A run that was killed finds what it has paid
+for, and pays for nothing twice.
+"""
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cai_scale.errors import DataError
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS verdicts (
+    key TEXT PRIMARY KEY,
+    constitution TEXT NOT NULL,
+    judge TEXT NOT NULL,
+    template TEXT NOT NULL,
+    prompt TEXT NOT NULL,
+    answers TEXT NOT NULL,
+    verdict TEXT,
+    why TEXT NOT NULL,
+    calls INTEGER NOT NULL,
+    tokens_in INTEGER NOT NULL,
+    tokens_out INTEGER NOT NULL
+) WITHOUT ROWID
+"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a verdict is about; texts stand as their SHA-256."""
+
+    constitution: str
+    judge: str
+    template: str
+    prompt: str
+    answers: str
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What was asked for so far."""
+
+    calls: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(
+            self.calls + other.calls,
+            self.tokens_in + other.tokens_in,
+            self.tokens_out + other.tokens_out,
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.tokens_in + self.tokens_out
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A number for each principle; None where the judge gave none, and why."""
+
+    values: Mapping[str, float] | None
+    why: str = ""
+    spent: Spent = field(default=Spent(), compare=False)
+
+
+class Journal:
+    """Verdicts by key. One process writes it at a time; without a path it is kept in memory."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """
+        Raises:
+            DataError: the file is not a journal, or cannot be opened.
+        """
+        self.path = path
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            # Each verdict is committed by itself: a killed process loses none. The log beside the
+            # file makes that cheap; only a power cut can take the last ones.
+            self._file = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=60)
+            self._file.execute("PRAGMA journal_mode=WAL")
+            self._file.execute("PRAGMA synchronous=NORMAL")
+            self._file.execute(_TABLE)
+            self._spent = self._sum()
+        except (sqlite3.Error, OSError) as error:
+            raise DataError(
+                f"{path} cannot be used as the journal of a judge ({error}); name another file"
+            ) from None
+
+    def get(self, key: str) -> Verdict | None:
+        """The verdict of that key; None where it has not been given."""
+        row = self._file.execute(
+            "SELECT verdict, why FROM verdicts WHERE key = ?", (key,)
+        ).fetchone()
+        return row and Verdict(row[0] and json.loads(row[0]), row[1])
+
+    def __contains__(self, key: str) -> bool:
+        found = self._file.execute("SELECT 1 FROM verdicts WHERE key = ?", (key,)).fetchone()
+        return found is not None
+
+    def __len__(self) -> int:
+        return int(self._file.execute("SELECT count(*) FROM verdicts").fetchone()[0])
+
+    def put(self, key: str, subject: Subject, verdict: Verdict) -> None:
+        """Keep a verdict; the first of a key stays.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        spent = verdict.spent
+        values = None if verdict.values is None else json.dumps(dict(verdict.values))
+        about = (subject.constitution, subject.judge, subject.template)
+        about += (subject.prompt, subject.answers)
+        counts = (spent.calls, spent.tokens_in, spent.tokens_out)
+        try:
+            self._file.execute(
+                "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (key, *about, values, verdict.why, *counts),
+            )
+        except sqlite3.Error as error:
+            raise DataError(f"{self.path} cannot be written ({error}); free some space") from None
+        self._spent += spent
+
+    @property
+    def spent(self) -> Spent:
+        """What all verdicts in the journal took, those of earlier starts too."""
+        return self._spent
+
+    def close(self) -> None:
+        """Bring everything into the one file."""
+        self._file.close()
+
+    def _sum(self) -> Spent:
+        query = "SELECT sum(calls), sum(tokens_in), sum(tokens_out) FROM verdicts"
+        return Spent(*(int(value or 0) for value in self._file.execute(query).fetchone()))

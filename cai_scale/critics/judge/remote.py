@@ -1,0 +1,248 @@
+"""A judge behind an OpenAI-compatible endpoint: many questions at once, each until it is settled.
+
+A question is settled by a verdict, or by the reason why there is none. A server that stumbles is
+asked again; a reply that is no verdict is asked for again a few times, and never made up for.
+"""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cai_scale import endpoint
+from cai_scale.critics.judge import verdict
+from cai_scale.critics.judge.budget import Budget
+from cai_scale.critics.judge.journal import Spent, Verdict
+from cai_scale.critics.judge.questions import Question
+from cai_scale.errors import DataError, ServerError
+from cai_scale.records import Message
+
+if TYPE_CHECKING:
+    from openai import APIStatusError, AsyncOpenAI
+
+REPLIES = 5  # to one question that are no verdict, before there is none
+RETRY_TEMPERATURE = 0.7  # the likeliest reply was none: ask for another
+MOST_CUTS = 3  # a reply that was cut is asked for again with twice the tokens
+TOP_LOGPROBS = 20  # the most that the protocol has
+
+Settle = Callable[[str, Question, Verdict], None]
+
+
+class RemoteModel:
+    """Keeps `concurrency` questions under way."""
+
+    def __init__(
+        self, url: str, name: str, *, concurrency: int, deadline: float, tokens: int
+    ) -> None:
+        """
+        Args:
+            url: where the protocol's paths begin, such as http://host:8000/v1.
+            name: what the server calls the model.
+            deadline: seconds for one question, all tries and pauses included.
+            tokens: the longest reply.
+        """
+        self.url, self.name = url, name
+        self.concurrency, self.deadline, self.tokens = concurrency, deadline, tokens
+        self._settled = 0
+        self._dialect = _Dialect()
+
+    def ask(
+        self, questions: Iterable[tuple[str, Question]], settle: Settle, budget: Budget
+    ) -> None:
+        """Ask all questions; `settle(key, question, verdict)` is called as each is settled.
+
+        Raises:
+            ServerError: the server refuses whoever asks, or settles nothing within the deadline.
+            BudgetError: see `Budget`.
+        """
+        asyncio.run(self._ask_all(iter(questions), settle, budget))
+
+    async def _ask_all(
+        self, questions: Iterator[tuple[str, Question]], settle: Settle, budget: Budget
+    ) -> None:
+        async def work() -> None:
+            for key, question in questions:
+                found = await self._settle(client, question, budget)
+                self._settled += 1
+                settle(key, question, found)
+
+        async with endpoint.async_client(self.url, timeout=self.deadline) as client:
+            workers = [asyncio.create_task(work()) for _ in range(self.concurrency)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _settle(self, client: "AsyncOpenAI", question: Question, budget: Budget) -> Verdict:
+        """Ask until the reply is a verdict, or it is clear that there will be none."""
+        before, asked = self._settled, _Asked(budget)
+        try:
+            async with asyncio.timeout(self.deadline):
+                return await self._tries(client, question, asked)
+        except TimeoutError:
+            pass
+        if self._settled == before:  # not this question: the server
+            raise ServerError(
+                f"server {self.url} has settled nothing within {self.deadline:g} seconds "
+                f"({asked.trouble}); mend it, then continue with --resume"
+            )
+        return Verdict(None, f"no reply in time ({asked.trouble})", asked.spent)
+
+    async def _tries(self, client: "AsyncOpenAI", question: Question, asked: "_Asked") -> Verdict:
+        from openai import APIStatusError, OpenAIError
+
+        for tries in itertools.count():
+            asked.budget.check()
+            try:
+                # A server may send a byte now and then for ever: the client's own timeout, which
+                # counts from one byte to the next, would not end that.
+                async with asyncio.timeout(self.deadline / 4):
+                    values = await self._once(client, question, asked)
+                return Verdict(values, spent=asked.spent)
+            except DataError as error:
+                asked.trouble = str(error)
+                asked.invalid += 1
+                if asked.invalid == REPLIES:
+                    return Verdict(None, f"no valid reply ({error})", asked.spent)
+            except TimeoutError:
+                asked.trouble = "it is slow"
+            except OpenAIError as error:
+                asked.trouble = endpoint.reason(error)
+                if endpoint.passing(error):
+                    await asyncio.sleep(endpoint.pause(error, tries))
+                elif not isinstance(error, APIStatusError) or error.status_code in (401, 403, 404):
+                    raise ServerError(
+                        f"server {self.url} refuses to judge ({asked.trouble}); mend the cause, "
+                        f"then continue with --resume"
+                    ) from None
+                elif not self._dialect.adapt(error):
+                    if question.kind == "choose" and "logprobs" in asked.trouble:
+                        raise self._no_letters(asked.trouble) from None
+                    return Verdict(None, f"the server refuses ({asked.trouble})", asked.spent)
+        raise AssertionError
+
+    async def _once(
+        self, client: "AsyncOpenAI", question: Question, asked: "_Asked"
+    ) -> Mapping[str, float]:
+        """Ask once; a principle's number by its id. Raises `DataError` for what is no verdict."""
+        messages = list(question.messages)
+        if question.kind == "choose":
+            if question.settle is not None:
+                thought = await self._post(client, messages, asked, {})
+                messages += [
+                    {"role": "assistant", "content": thought["message"]["content"]},
+                    {"role": "user", "content": question.settle},
+                ]
+            form = {"logprobs": True, "top_logprobs": TOP_LOGPROBS, "max_tokens": 1}
+            choice = await self._post(client, messages, asked, form)
+            if not (choice.get("logprobs") or self._dialect.understood):
+                raise self._no_letters("it leaves them out")
+            values = {question.ids[0]: verdict.probability(_first_token(choice))}
+        else:
+            schema = {"name": "verdict", "strict": True, "schema": question.schema}
+            form = {"response_format": {"type": "json_schema", "json_schema": schema}}
+            choice = await self._post(client, messages, asked, form)
+            if choice.get("finish_reason") == "length":
+                asked.cut = min(asked.cut + 1, MOST_CUTS)
+            values = verdict.read(question, choice["message"]["content"])
+        self._dialect.understood = True
+        return values
+
+    async def _post(
+        self,
+        client: "AsyncOpenAI",
+        messages: list[Message],
+        asked: "_Asked",
+        form: Mapping[str, Any],
+    ) -> Mapping[str, Any]:
+        """The first choice of a reply; raises as `_once`."""
+        body = {
+            "model": self.name,
+            "messages": messages,
+            "temperature": RETRY_TEMPERATURE if asked.invalid else 0.0,
+            "max_tokens": self.tokens * 2**asked.cut,
+            **form,
+        }
+        # As plain JSON: to build the library's own types takes as long as all the rest.
+        reply = await client.post("/chat/completions", cast_to=object, body=self._dialect.of(body))
+        spent, choice = _read(reply)
+        asked.add(spent)
+        return choice
+
+    def _no_letters(self, trouble: str) -> ServerError:
+        return ServerError(
+            f"server {self.url} gives no log-probabilities ({trouble}); use --judge_mode pairwise"
+        )
+
+
+class _Asked:
+    """What became of one question so far."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.spent = Spent()
+        self.invalid = 0  # replies that were no verdict
+        self.cut = 0  # replies that were too long
+        self.trouble = "it is slow"
+
+    def add(self, spent: Spent) -> None:
+        self.spent += spent
+        self.budget.add(spent)
+
+
+class _Dialect:
+    """How a server wants to be asked: what it does not know is left out, once it has said so."""
+
+    def __init__(self) -> None:
+        self._left_out: set[str] = set()
+        self._renamed: dict[str, str] = {}
+        self.understood = False  # whether a question has been answered
+
+    def of(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            self._renamed.get(key, key): value
+            for key, value in body.items()
+            if key not in self._left_out
+        }
+
+    def adapt(self, error: "APIStatusError") -> bool:
+        """Whether the question may be asked again, in other words."""
+        said = str(error.body or error).lower()
+        if "max_completion_tokens" in said and not self._renamed:
+            self._renamed["max_tokens"] = "max_completion_tokens"
+            return True
+        for name in ("temperature", "response_format"):
+            # Some servers do not say what they cannot read: it is the schema, as a rule.
+            silent = name == "response_format" and not self.understood
+            if (name in said or silent) and name not in self._left_out:
+                self._left_out.add(name)
+                return True
+        return False
+
+
+def _read(reply: object) -> tuple[Spent, Mapping[str, Any]]:
+    """What a chat completion took, and its first choice.
+
+    Raises:
+        DataError: it is no chat completion.
+    """
+    try:
+        usage = reply.get("usage") or {}  # type: ignore[attr-defined]
+        spent = Spent(1, int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
+        choice = reply["choices"][0]  # type: ignore[index]
+        if not isinstance(choice["message"]["content"], str):
+            raise TypeError
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
+        raise DataError("the reply is no chat completion") from None
+    return spent, choice
+
+
+def _first_token(choice: Mapping[str, Any]) -> dict[str, float]:
+    """The log-probabilities of the likeliest first tokens; raises as `_read`."""
+    try:
+        tops = choice["logprobs"]["content"][0]["top_logprobs"]
+        return {str(top["token"]): float(top["logprob"]) for top in tops}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise DataError("the reply has no log-probabilities") from None
