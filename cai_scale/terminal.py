@@ -3,6 +3,10 @@
 import shutil
 import sys
 import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1, "dim": 2}
 WIDEST = 100
@@ -34,3 +38,27 @@ def wrapped(text: str, first: str = "", rest: str | None = None) -> str:
 def coloured(text: str, colour: str) -> str:
     """The text in a colour of `COLOURS`, where standard output is a terminal."""
     return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if sys.stdout.isatty() else text
+
+
+def progress_bar(shown: bool) -> "Progress":
+    """A bar with the count, a text `rate` of the task's own, the time taken and the time left."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        disable=not shown,
+    )

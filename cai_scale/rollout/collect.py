@@ -6,15 +6,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cai_scale.errors import DataError
 from cai_scale.ranks import Ranks, wait_for
 from cai_scale.records import Prompt, Response, canonical, read_jsonl, read_records, write_jsonl
 from cai_scale.rollout.sampler import Request, Sampler, cut
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from cai_scale.terminal import progress_bar
 
 Key = tuple[str, int]
 
@@ -94,7 +91,7 @@ def _work(
     share = f" (rank 0 of {ranks.world})" if ranks.world > 1 else ""
     own = parts / f"rank-{ranks.rank}.jsonl"
     _mend_tail(own)
-    with own.open("a", encoding="utf-8") as file, _progress(ranks) as progress:
+    with own.open("a", encoding="utf-8") as file, progress_bar(ranks.main) as progress:
         task = progress.add_task(f"{title}{share}", total=sum(map(len, mine)), rate="")
         tokens = 0
         for request, completion in sampler.sample(mine):
@@ -112,29 +109,6 @@ def _work(
             tokens += completion.tokens
             elapsed = progress.tasks[0].elapsed or 1e-9
             progress.update(task, advance=1, rate=f"{tokens / elapsed:.0f} tokens/s")
-
-
-def _progress(ranks: Ranks) -> "Progress":
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        disable=not ranks.main,
-    )
 
 
 def _join(parts: Path, wanted: Sequence[Key], product: Path) -> None:

@@ -1,6 +1,6 @@
 """What a judge may cost: tokens and money, counted as replies come."""
 
-from cai_scale.critics.judge.journal import Spent
+from cai_scale.critics.judge.journal import NOTHING, Spent
 from cai_scale.errors import BudgetError
 
 
@@ -17,7 +17,7 @@ class Budget:
         tokens: int | None = None,
         money: float | None = None,
         prices: tuple[float, ...] = (),
-        spent: Spent = Spent(),
+        spent: Spent = NOTHING,
     ) -> None:
         """
         Args:
@@ -26,7 +26,7 @@ class Budget:
             spent: by earlier starts.
         """
         self.tokens, self.limit, self.prices = tokens, money, prices
-        self.spent = spent
+        self.spent = self._before = spent
 
     def add(self, spent: Spent) -> None:
         self.spent += spent
@@ -50,6 +50,10 @@ class Budget:
                     f"the judge's budget is spent: {self} of --judge_max_{what} {limit:g}; raise "
                     f"it and continue with --resume, which keeps every verdict"
                 )
+
+    def rate(self, seconds: float) -> str:
+        """Calls a second of this start, and what was spent by all."""
+        return f"{(self.spent.calls - self._before.calls) / seconds:.0f} calls/s, {self}"
 
     def __str__(self) -> str:
         money = "" if self.money is None else f", {self.money:.4g} paid"

@@ -1,14 +1,15 @@
 """The journal of a judge: every verdict once, kept as it comes, in one SQLite file.
 
-A key stands for all that decides a verdict: the constitution, the judge, the question with its
-template, the prompt, the answers and their order. A run that was killed finds what it has paid
+A verdict is known by all that decides it: the constitution, the judge, the template of the
+question, the prompt, and the answers in their order. A run that was killed finds what it has paid
 for, and pays for nothing twice.
 """
 
+import hashlib
 import json
 import sqlite3
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from cai_scale.errors import DataError
@@ -32,13 +33,17 @@ CREATE TABLE IF NOT EXISTS verdicts (
 
 @dataclass(frozen=True)
 class Subject:
-    """What a verdict is about; texts stand as their SHA-256."""
+    """All that decides a verdict: names, and texts as their SHA-256."""
 
     constitution: str
     judge: str
     template: str
     prompt: str
     answers: str
+
+    @property
+    def key(self) -> str:
+        return digest("\0".join(astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,21 @@ class Spent:
         return self.tokens_in + self.tokens_out
 
 
+NOTHING = Spent()
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A number for each principle; None where the judge gave none, and why."""
 
     values: Mapping[str, float] | None
     why: str = ""
-    spent: Spent = field(default=Spent(), compare=False)
+    spent: Spent = field(default=NOTHING, compare=False)
+
+
+def digest(text: str) -> str:
+    """The SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Journal:
@@ -94,35 +107,32 @@ class Journal:
                 f"{path} cannot be used as the journal of a judge ({error}); name another file"
             ) from None
 
-    def get(self, key: str) -> Verdict | None:
-        """The verdict of that key; None where it has not been given."""
-        row = self._file.execute(
-            "SELECT verdict, why FROM verdicts WHERE key = ?", (key,)
-        ).fetchone()
+    def get(self, subject: Subject) -> Verdict | None:
+        """The verdict on a subject; None where it has not been given."""
+        query = "SELECT verdict, why FROM verdicts WHERE key = ?"
+        row = self._file.execute(query, (subject.key,)).fetchone()
         return row and Verdict(row[0] and json.loads(row[0]), row[1])
 
-    def __contains__(self, key: str) -> bool:
-        found = self._file.execute("SELECT 1 FROM verdicts WHERE key = ?", (key,)).fetchone()
-        return found is not None
+    def __contains__(self, subject: Subject) -> bool:
+        query = "SELECT 1 FROM verdicts WHERE key = ?"
+        return self._file.execute(query, (subject.key,)).fetchone() is not None
 
     def __len__(self) -> int:
         return int(self._file.execute("SELECT count(*) FROM verdicts").fetchone()[0])
 
-    def put(self, key: str, subject: Subject, verdict: Verdict) -> None:
-        """Keep a verdict; the first of a key stays.
+    def put(self, subject: Subject, verdict: Verdict) -> None:
+        """Keep a verdict; the first of a subject stays.
 
         Raises:
             DataError: the file cannot be written.
         """
         spent = verdict.spent
         values = None if verdict.values is None else json.dumps(dict(verdict.values))
-        about = (subject.constitution, subject.judge, subject.template)
-        about += (subject.prompt, subject.answers)
         counts = (spent.calls, spent.tokens_in, spent.tokens_out)
         try:
             self._file.execute(
                 "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (key, *about, values, verdict.why, *counts),
+                (subject.key, *astuple(subject), values, verdict.why, *counts),
             )
         except sqlite3.Error as error:
             raise DataError(f"{self.path} cannot be written ({error}); free some space") from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cai_scale import endpoint
 from cai_scale.critics.judge import verdict
 from cai_scale.critics.judge.budget import Budget
-from cai_scale.critics.judge.journal import Spent, Verdict
+from cai_scale.critics.judge.journal import Spent, Subject, Verdict
 from cai_scale.critics.judge.questions import Question
 from cai_scale.errors import DataError, ServerError
 from cai_scale.records import Message
@@ -25,7 +25,7 @@ RETRY_TEMPERATURE = 0.7  # the likeliest reply was none: ask for another
 MOST_CUTS = 3  # a reply that was cut is asked for again with twice the tokens
 TOP_LOGPROBS = 20  # the most that the protocol has
 
-Settle = Callable[[str, Question, Verdict], None]
+Settle = Callable[[Subject, Verdict], None]
 
 
 class RemoteModel:
@@ -47,9 +47,9 @@ class RemoteModel:
         self._dialect = _Dialect()
 
     def ask(
-        self, questions: Iterable[tuple[str, Question]], settle: Settle, budget: Budget
+        self, questions: Iterable[tuple[Subject, Question]], settle: Settle, budget: Budget
     ) -> None:
-        """Ask all questions; `settle(key, question, verdict)` is called as each is settled.
+        """Ask all questions; `settle(subject, verdict)` is called as each is settled.
 
         Raises:
             ServerError: the server refuses whoever asks, or settles nothing within the deadline.
@@ -58,13 +58,13 @@ class RemoteModel:
         asyncio.run(self._ask_all(iter(questions), settle, budget))
 
     async def _ask_all(
-        self, questions: Iterator[tuple[str, Question]], settle: Settle, budget: Budget
+        self, questions: Iterator[tuple[Subject, Question]], settle: Settle, budget: Budget
     ) -> None:
         async def work() -> None:
-            for key, question in questions:
+            for subject, question in questions:
                 found = await self._settle(client, question, budget)
                 self._settled += 1
-                settle(key, question, found)
+                settle(subject, found)
 
         async with endpoint.async_client(self.url, timeout=self.deadline) as client:
             workers = [asyncio.create_task(work()) for _ in range(self.concurrency)]

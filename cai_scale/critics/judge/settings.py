@@ -1,0 +1,28 @@
+"""Which judge, how it is asked, and what it may cost."""
+
+from dataclasses import dataclass
+
+MODES = ("absolute", "pairwise", "logprob")
+PRINCIPLES = ("all", "one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings `--judge_…` by the same names, where each is explained."""
+
+    url: str | None = None
+    model: str | None = None
+    mode: str = "absolute"
+    principles: str = "all"
+    thinking: bool = False
+    concurrency: int = 16
+    deadline: float = 300.0
+    reply_tokens: int = 256
+    max_tokens: int | None = None
+    max_cost: float | None = None
+    prices: tuple[float, ...] = ()
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is asked which of two answers is better."""
+        return self.mode != "absolute"
