@@ -69,7 +69,7 @@ def stages(run: Run) -> dict[str, Stage]:
         evaluated = (before, after)
     found["summary"] = Stage(
         (*settings, heldout, *evaluated, run.round(run.rounds).audit, run.metrics),
-        (run.costs, run.report, run.summary),
+        (run.costs, run.report, run.summary, *run.all_labels()),
     )
     return found
 

@@ -61,6 +61,7 @@ def collect(job: Job, number: int) -> tuple[list[Answer], list[Pair]]:
                 config,
                 job.constitution,
                 job.critic,
+                job.comparer,
                 job.prompts,
                 responses,
                 files,

@@ -85,6 +85,7 @@ class Replay:
             self.config,
             self.constitution,
             _Stored(),
+            _Stored() if self.config.labels_pairs else None,
             self.prompts,
             self.rollouts(number),
             files,

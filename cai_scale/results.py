@@ -4,7 +4,7 @@ works it out again, by the same code. No torch.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from cai_scale.config import Config
 from cai_scale.constitution import Constitution
-from cai_scale.critics import Critic
+from cai_scale.critics import Comparer, Critic
 from cai_scale.critics.complaint import RevisionRules
+from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import DataError
 from cai_scale.evaluation import protocol
 from cai_scale.evaluation.compare import Answered, compare, drift, slices
@@ -26,6 +27,7 @@ from cai_scale.ranks import Ranks, wait_for
 from cai_scale.records import (
     Answer,
     Pair,
+    Preference,
     Prompt,
     Response,
     Score,
@@ -67,6 +69,7 @@ def answers(
     config: Config,
     constitution: Constitution,
     critic: Critic,
+    comparer: Comparer | None,
     prompts: Sequence[Prompt],
     responses: Sequence[Response],
     files: Round,
@@ -75,17 +78,29 @@ def answers(
 ) -> tuple[list[Response], list[Score | None]]:
     """Each sample, or its best revision, and its score; an empty answer has none.
 
-    What is stored already is neither asked for nor scored again.
+    Where a comparer labels pairs, no answer has a score. What is stored already is neither asked
+    for nor scored again.
     """
     text = {prompt.id: prompt.text for prompt in prompts}
 
     def score(responses: Sequence[Response], product: Path) -> list[Score | None]:
+        if comparer is not None:
+            return [None] * len(responses)
         asked = [text[response.prompt_id] for response in responses]
         return score_once(critic, asked, responses, files.scores(product), ranks)
+
+    def prefer(
+        revisions: Sequence[Response], originals: Sequence[Response], product: Path
+    ) -> list[bool]:
+        assert comparer is not None
+        pairs = list(zip(revisions, originals, strict=True))
+        found = compare_once(comparer, text, pairs, files.comparisons(product), ranks)
+        return [preference.lean is not None and preference.lean > 0 for preference in found]
 
     return revise(
         sampler,
         score,
+        None if comparer is None else prefer,
         constitution,
         prompts,
         responses,
@@ -140,6 +155,74 @@ def score_once(
     if [row[:2] for row in stored] != [(r.prompt_id, r.sample) for r in responses]:
         raise DataError(f"{product} does not hold the scores of its answers; remove it")
     return [row[2] for row in stored]
+
+
+def compare_once(
+    comparer: Comparer,
+    text: Mapping[str, str],
+    pairs: Sequence[tuple[Response, Response]],
+    product: Path,
+    ranks: Ranks,
+) -> list[Preference]:
+    """The comparer's verdicts on two answers to a prompt each, in order; asked once, as scores.
+
+    Args:
+        text: of each prompt, by its id.
+
+    Raises:
+        DataError: the stored verdicts are on other answers.
+    """
+    if ranks.main and not product.exists():
+        found = comparer.compare(
+            [text[first.prompt_id] for first, _ in pairs],
+            [first.text for first, _ in pairs],
+            [second.text for _, second in pairs],
+        )
+        write_jsonl(
+            product,
+            (
+                {**_two(first, second), "preference": preference.plain()}
+                for (first, second), preference in zip(pairs, found, strict=True)
+            ),
+        )
+    wait_for(product)
+    stored = read_records(product, lambda row: (row, Preference(**row.pop("preference"))))
+    if [row for row, _ in stored] != [_two(*pair) for pair in pairs]:
+        raise DataError(f"{product} does not hold the verdicts on its answers; remove it")
+    return [preference for _, preference in stored]
+
+
+def _two(first: Response, second: Response) -> dict[str, Any]:
+    return {"prompt_id": first.prompt_id, "first": first.sample, "second": second.sample}
+
+
+def to_compare(
+    config: Config,
+    constitution: Constitution,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Response],
+) -> list[tuple[Response, Response]]:
+    """The answers that are compared, two to a prompt: every two neighbours; or the two that the
+    lexicon tells apart the most."""
+    by_prompt: dict[str, list[Response]] = {prompt.id: [] for prompt in prompts}
+    for response in responses:
+        others = by_prompt[response.prompt_id]
+        if response.text.strip() and all(response.text != other.text for other in others):
+            others.append(response)
+    if not config.judge_first_pass:
+        return [
+            two
+            for answers in by_prompt.values()
+            for two in zip(answers[::2], answers[1::2], strict=False)
+        ]
+    lexicon = LexiconCritic(constitution)
+    found = []
+    for answers in by_prompt.values():
+        scores = [s.overall if s else 0.0 for s in lexicon.score([], [a.text for a in answers])]
+        if len(answers) > 1:
+            order = sorted(range(len(answers)), key=lambda i: (-scores[i], i))
+            found.append((answers[order[0]], answers[order[-1]]))
+    return found
 
 
 def pairs(

@@ -9,7 +9,7 @@ from cai_scale.errors import ConfigError
 from cai_scale.records import Score
 
 # A plus or a star may stand in a path: only before a critic's name, or a number, does it count.
-_PLUS = re.compile(r"\+(?=lexicon|reward:)")
+_PLUS = re.compile(r"\+(?=lexicon|judge|reward:)")
 _TIMES = re.compile(r"(.+)\*(-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|-?inf)")
 
 

@@ -19,6 +19,7 @@ _FIRST_SAMPLE = 1_000_000
 def revise(
     sampler: Sampler,
     score: Callable[[Sequence[Response], Path], Sequence[Score | None]],
+    prefer: Callable[[Sequence[Response], Sequence[Response], Path], Sequence[bool]] | None,
     constitution: Constitution,
     prompts: Sequence[Prompt],
     responses: Sequence[Response],
@@ -29,11 +30,12 @@ def revise(
     batch_size: int,
     ranks: Ranks,
 ) -> tuple[list[Response], list[Score | None]]:
-    """Each response, or the best of its revisions where the critic scores one higher, and its
-    score.
+    """Each response, or the best of its revisions where a critic finds one better, and its score.
 
     Args:
         score: the critic's scores of responses that are stored in a file.
+        prefer: which of the revisions, stored in a file, are better than what they revise; by
+            their scores where None.
         files: where the responses are, and where all revisions of a try go, the worse ones too.
     """
     prompt_of = {prompt.id: prompt for prompt in prompts}
@@ -52,9 +54,16 @@ def revise(
         revisions = collect(
             sampler, requests, product, batch_size=batch_size, ranks=ranks, title="revising"
         )
-        for revision, given in zip(revisions, score(revisions, product), strict=True):
-            index = where[revision.prompt_id, revision.sample]
-            if better(given, scores[index]):
+        given_scores = score(revisions, product)
+        places = [where[revision.prompt_id, revision.sample] for revision in revisions]
+        if prefer is None:
+            wins = [better(g, scores[i]) for g, i in zip(given_scores, places, strict=True)]
+        else:
+            wins = list(prefer(revisions, [best[i] for i in places], product))
+        for revision, given, index, wins_it in zip(
+            revisions, given_scores, places, wins, strict=True
+        ):
+            if wins_it:
                 best[index] = replace(revision, sample=best[index].sample, revised=True)
                 scores[index] = given
     return best, scores

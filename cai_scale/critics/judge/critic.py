@@ -245,4 +245,7 @@ class Judge:
 
         with progress_bar(self.shown) as bar:
             task = bar.add_task("judging", total=total, rate="")
-            self.model.ask(new(), settle, self.budget)
+            try:
+                self.model.ask(new(), settle, self.budget)
+            finally:
+                self.journal.flush()

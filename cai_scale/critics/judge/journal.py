@@ -143,8 +143,11 @@ class Journal:
         """What all verdicts in the journal took, those of earlier starts too."""
         return self._spent
 
+    def flush(self) -> None:
+        """Bring everything from the log into the one file."""
+        self._file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def close(self) -> None:
-        """Bring everything into the one file."""
         self._file.close()
 
     def _sum(self) -> Spent:
