@@ -88,8 +88,7 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     plan_batch(config.batch_size, config.micro_batch_size, peers.world)
     models.check(config.model)
     prompts, heldout = prompt_files.load(config.prompts), prompt_files.load(config.eval_prompts)
-    rows = len(prompts) * config.rows_of_prompt
-    if config.batch_size > rows:
+    if config.batch_size > (rows := len(prompts) * config.rows_of_prompt):
         raise ConfigError(
             f"--batch_size {config.batch_size} with {len(prompts)} prompts: {config.method} has "
             f"{rows} rows of these at most; lower it, or bring more prompts"
@@ -150,9 +149,8 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
         heldout=heldout,
         ds_config=ds_config,
     )
-    device = models.device().type
     job.say(
-        f"{config.method} {verb} in {path}: {peers.world} rank(s) on {device}, "
+        f"{config.method} {verb} in {path}: {peers.world} rank(s) on {models.device().type}, "
         f"{chosen.name} ({chosen.reason}), answers by {sampler.name} ({sampler.reason}), "
         + (f"DeepSpeed {config.ds_config}" if ds_config else "without DeepSpeed")
     )

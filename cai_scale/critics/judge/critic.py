@@ -62,13 +62,16 @@ class Judge:
         self.name = name
         self.constitution, self.settings, self.model = constitution, settings, model
         self.journal, self.shown = journal, shown
-        self.budget = Budget(
-            tokens=settings.max_tokens,
-            money=settings.max_cost,
-            prices=settings.prices,
-            spent=journal.spent,
-        )
         self._template = cache(self._template_of)
+
+    @cached_property
+    def budget(self) -> Budget:
+        return Budget(
+            tokens=self.settings.max_tokens,
+            money=self.settings.max_cost,
+            prices=self.settings.prices,
+            spent=self.journal.spent(),
+        )
 
     @property
     def _one_by_one(self) -> bool:
