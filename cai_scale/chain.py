@@ -42,7 +42,15 @@ def stages(run: Run) -> dict[str, Stage]:
         data: tuple[Path, ...] = ()
         if config.collects:
             products = (files.rollouts, *files.all_revisions())
-            first, *others = (f for product in products for f in (product, files.scores(product)))
+            first, *others = (
+                file
+                for product in products
+                for file in (
+                    *(product, files.scores(product)),
+                    *(files.critiques(product), files.comparisons(product)),
+                )
+                if file not in (files.critiques(files.rollouts), files.comparisons(files.rollouts))
+            )
             found |= {
                 of_round("rollout", number): Stage((run.config, train, *policy), (first,)),
                 of_round("revise", number): Stage(

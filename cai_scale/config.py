@@ -124,6 +124,11 @@ class Config:
         "give it is under this", least=0,
     )  # fmt: skip
 
+    revision: str = setting(
+        "rollout", "rules", "what is asked for again: rules, an answer that is short, repetitive "
+        "or under a principle's floor; critique, every answer, after the policy has criticised it "
+        "by a principle", ("rules", "critique"),
+    )  # fmt: skip
     margin: float = setting("pairs", 0.05, "smallest score gap of a pair", least=0)
 
     rounds: int = setting(

@@ -105,7 +105,7 @@ def answers(
         prompts,
         responses,
         files,
-        rules=RevisionRules(tries=config.revisions),
+        rules=RevisionRules(tries=config.revisions, critique=config.revision == "critique"),
         seed=config.seed,
         batch_size=config.rollout_batch_size,
         ranks=ranks,
@@ -357,7 +357,12 @@ def cost(run: Run) -> dict[str, Any]:
     many parameters were trained."""
     stages = read_json(run.costs)
     rounds = [run.round(number) for number in range(1, run.rounds + 1)]
-    files = [file for r in rounds for file in (r.rollouts, *r.all_revisions()) if file.is_file()]
+    files = [
+        file
+        for r in rounds
+        for file in (r.rollouts, *r.all_revisions(), *map(r.critiques, r.all_revisions()))
+        if file.is_file()
+    ]
     metrics = [file for n in range(1, run.rounds + 1) if (file := run.trained(n).metrics).is_file()]
     tokens = sum(row["tokens"] for file in files for _, row in read_jsonl(file))
     live = sum(row.get("sampled_tokens", 0) for file in metrics for _, row in read_jsonl(file))

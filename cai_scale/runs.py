@@ -76,6 +76,11 @@ class Round(Trained):
         return tuple(takewhile(Path.exists, (self.revisions(n) for n in count(1))))
 
     @staticmethod
+    def critiques(revisions: Path) -> Path:
+        """What the policy found wanting before it wrote a file of revisions."""
+        return revisions.with_name(revisions.name.replace("revisions", "critiques"))
+
+    @staticmethod
     def scores(answers: Path) -> Path:
         """The critic's scores of a file of answers, row by row."""
         return answers.with_suffix(".scores.jsonl")
