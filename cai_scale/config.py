@@ -81,6 +81,11 @@ class Config:
     max_new_tokens: int = setting("rollout", 96, "longest answer, in tokens", least=1)
     rollout_batch_size: int = setting("rollout", 64, "answers sampled at once on a rank", least=1)
     revisions: int = setting("rollout", 1, "how often a poor answer is asked for again", least=0)
+    revision: str = setting(
+        "rollout", "rules", "what is asked for again: rules, an answer that is short, repetitive "
+        "or under a principle's floor; critique, every answer, after the policy has criticised it "
+        "by a principle", ("rules", "critique"),
+    )  # fmt: skip
 
     judge_url: str | None = setting(
         "judge", None, "the server of --critic judge, such as http://host:8000/v1; its key, if it "
@@ -124,11 +129,6 @@ class Config:
         "give it is under this", least=0,
     )  # fmt: skip
 
-    revision: str = setting(
-        "rollout", "rules", "what is asked for again: rules, an answer that is short, repetitive "
-        "or under a principle's floor; critique, every answer, after the policy has criticised it "
-        "by a principle", ("rules", "critique"),
-    )  # fmt: skip
     margin: float = setting("pairs", 0.05, "smallest score gap of a pair", least=0)
 
     rounds: int = setting(

@@ -45,40 +45,25 @@ def revise(
         files: where the responses are, and where all revisions of a try go, the worse ones too.
     """
     prompt_of = {prompt.id: prompt for prompt in prompts}
+    answer = functools.partial(collect, sampler, batch_size=batch_size, ranks=ranks)
     best, scores = list(responses), list(score(responses, files.rollouts))
     for attempt in range(1, rules.tries + 1):
         product = files.revisions(attempt)
-        asks: dict[int, tuple[Message, ...]] = {}
         if rules.critique:
-            asks = _criticised(
-                constitution, prompt_of, best, files.critiques(product), attempt,
-                functools.partial(collect, sampler, batch_size=batch_size, ranks=ranks), seed,
-            )  # fmt: skip
+            written = functools.partial(answer, product=files.critiques(product))
+            asks = _criticised(written, constitution, prompt_of, best, attempt, seed)
         else:
-            for index, (response, given) in enumerate(zip(best, scores, strict=True)):
-                prompt = prompt_of[response.prompt_id]
-                ask = complaint(response.text, given, constitution, rules, prompt.language)
-                if ask is not None:
-                    asks[index] = asking_again(prompt.messages, response.text, ask)
-        requests: list[Request] = []
-        where: dict[tuple[str, int], int] = {}
-        for index, messages in asks.items():
-            request = _request(messages, best[index], seed, attempt * _FIRST_SAMPLE)
-            where[request.prompt_id, request.sample] = index
-            requests.append(request)
-        revisions = collect(
-            sampler, requests, product, batch_size=batch_size, ranks=ranks, title="revising"
-        )
-        given_scores = score(revisions, product)
-        places = [where[revision.prompt_id, revision.sample] for revision in revisions]
+            asks = _complained(constitution, rules, prompt_of, best, scores)
+        offset = attempt * _FIRST_SAMPLE
+        requests = [_request(ask, best[index], seed, offset) for index, ask in asks.items()]
+        revisions = answer(requests=requests, product=product, title="revising")
+        new = score(revisions, product)
         if prefer is None:
-            wins = [better(g, scores[i]) for g, i in zip(given_scores, places, strict=True)]
+            wins = [better(*two) for two in zip(new, [scores[i] for i in asks], strict=True)]
         else:
-            wins = list(prefer(revisions, [best[i] for i in places], product))
-        for revision, given, index, wins_it in zip(
-            revisions, given_scores, places, wins, strict=True
-        ):
-            if wins_it:
+            wins = list(prefer(revisions, [best[i] for i in asks], product))
+        for index, revision, given, won in zip(asks, revisions, new, wins, strict=True):
+            if won:
                 best[index] = replace(revision, sample=best[index].sample, revised=True)
                 scores[index] = given
     return best, scores
@@ -94,40 +79,45 @@ def sample_of(revision: Response) -> int:
     return revision.sample % _FIRST_SAMPLE
 
 
+def _complained(
+    constitution: Constitution,
+    rules: RevisionRules,
+    prompt_of: Mapping[str, Prompt],
+    responses: Sequence[Response],
+    scores: Sequence[Score | None],
+) -> dict[int, tuple[Message, ...]]:
+    """What is asked in place of each response that the rules find poor, by its index."""
+    asks = {}
+    for index, (response, score) in enumerate(zip(responses, scores, strict=True)):
+        prompt = prompt_of[response.prompt_id]
+        ask = complaint(response.text, score, constitution, rules, prompt.language)
+        if ask is not None:
+            asks[index] = asking_again(prompt.messages, response.text, ask)
+    return asks
+
+
 def _criticised(
+    answer: Callable[..., list[Response]],
     constitution: Constitution,
     prompt_of: Mapping[str, Prompt],
     responses: Sequence[Response],
-    product: Path,
     attempt: int,
-    collect: Callable[..., list[Response]],
     seed: int,
 ) -> dict[int, tuple[Message, ...]]:
-    """Let the policy say where each response falls short of a principle, and ask it again.
-
-    Returns:
-        What is asked for in place of each response, by its index.
-    """
-    asked: list[tuple[Prompt, Principle, tuple[Message, ...]]] = []
-    requests = []
+    """The same for every response, after the policy has criticised it by a drawn principle."""
+    requests, asks = [], []
     for response in responses:
         prompt = prompt_of[response.prompt_id]
-        digest = identity(seed, prompt.id, response.sample, round=response.round)
-        principles = constitution.principles
-        principle = principles[(digest[0] + attempt) % len(principles)]
+        draw = identity(seed, prompt.id, response.sample, round=response.round)[0]
+        principle = constitution.principles[(draw + attempt) % len(constitution.principles)]
         ask = constitution.request("critique", prompt.language, principle)
         messages = asking_again(prompt.messages, response.text, ask)
-        asked.append((prompt, principle, messages))
         offset = attempt * _FIRST_SAMPLE + _FIRST_CRITIQUE
         requests.append(_request(messages, response, seed, offset))
-    critiques = collect(requests=requests, product=product, title="criticising")
-    found = {}
-    for index, ((prompt, principle, messages), critique) in enumerate(
-        zip(asked, critiques, strict=True)
-    ):
-        ask = constitution.request("below_floor", prompt.language, principle)
-        found[index] = asking_again(messages, critique.text, ask)
-    return found
+        asks.append(constitution.request("below_floor", prompt.language, principle))
+    critiques = answer(requests=requests, title="criticising")
+    rows = enumerate(zip(requests, critiques, asks, strict=True))
+    return {i: asking_again(r.messages, critique.text, ask) for i, (r, critique, ask) in rows}
 
 
 def _request(messages: tuple[Message, ...], response: Response, seed: int, offset: int) -> Request:
