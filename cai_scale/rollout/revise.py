@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cai_scale.constitution import Constitution, Principle
+from cai_scale.constitution import Constitution
 from cai_scale.critics.complaint import RevisionRules, asking_again, complaint
 from cai_scale.ranks import Ranks
 from cai_scale.records import Message, Prompt, Response, Score
