@@ -14,8 +14,7 @@ from typing import Any
 
 from cai_scale import constitution as constitutions
 from cai_scale.commands import Parser, require
-from cai_scale.constitution import Constitution
-from cai_scale.critics import NAMES, Comparer, Critic, load_critic
+from cai_scale.critics import Comparer, Critic, flags
 from cai_scale.errors import ConfigError, DataError, MissingError
 from cai_scale.evaluation.agreement import LabelledPair, agreement, verdict
 from cai_scale.records import Preference, canonical, read_jsonl, sha256, write_json, write_jsonl
@@ -39,12 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         metavar="FILE",
         help="JSON Lines with prompt, chosen and rejected, and perhaps id, category and lang",
     )
-    parser.add_argument(
-        "--critic",
-        default="lexicon",
-        help=f"{', '.join(NAMES)}, or several with weights (default: %(default)s)",
-    )
-    parser.add_argument("--constitution", help="a YAML file (default: the bundled one)")
+    flags.add(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N pairs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="write a row for each pair there")
@@ -53,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     _check(options)
     constitution = constitutions.load(options.constitution)
     pairs = read_pairs(options.data, options.limit)
-    critic = _critic(options, constitution)
+    critic = flags.load(options, constitution)
     started = time.perf_counter()
     preferences = ask(critic, pairs)
     seconds = time.perf_counter() - started
@@ -159,10 +153,6 @@ def _check(options: argparse.Namespace) -> None:
     if len(set(given.values())) < len(given):
         named = ", ".join(f"--{flag} {files[flag]}" for flag in given)
         raise ConfigError(f"{named}: two of them are one file; name another")
-
-
-def _critic(options: argparse.Namespace, constitution: Constitution) -> Critic | Comparer:
-    return load_critic(options.critic, constitution)
 
 
 def _pairs(path: Path) -> Iterator[LabelledPair]:

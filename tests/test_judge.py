@@ -171,7 +171,7 @@ def test_a_verdict_is_asked_for_once(tmp_path: Path) -> None:
     judge, model = make(oracle, journal=file)
     first = judge.compare(prompts * 2, firsts * 2, seconds * 2)
     assert len(model.asked) == 20 == judge.spent["calls"]
-    assert judge.spent["tokens_in"] == 2000
+    assert judge.spent["prompt_tokens"] == 2000
     again, model = make(oracle, journal=file)
     assert again.compare(prompts, firsts, seconds) == first[:10]
     assert model.asked == [] and again.spent == judge.spent

@@ -62,6 +62,15 @@ class WeightedCritic:
                 return f"{critic.name}: {critic.why(prompt, response)}"
         return "the critics disagree"
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """What the critics have cost, of those that count that."""
+        total: dict[str, float] = {}
+        for critic, _ in self.parts:
+            for name, value in getattr(critic, "spent", {}).items():
+                total[name] = total.get(name, 0) + value
+        return total
+
     def _mean(self, scores: Sequence[Score | None]) -> Score | None:
         given = [
             (score, weight, critic.name)

@@ -79,14 +79,14 @@ class Judge:
         return self.settings.mode == "logprob" and self.settings.principles == "all"
 
     @property
-    def spent(self) -> dict[str, float | None]:
-        """Calls, tokens and money so far, those of earlier starts too."""
-        spent = self.budget.spent
+    def spent(self) -> dict[str, float]:
+        """Calls, tokens and, where prices are given, money; those of earlier starts too."""
+        spent, money = self.budget.spent, self.budget.money
         return {
             "calls": spent.calls,
-            "tokens_in": spent.tokens_in,
-            "tokens_out": spent.tokens_out,
-            "money": self.budget.money,
+            "prompt_tokens": spent.tokens_in,
+            "completion_tokens": spent.tokens_out,
+            **({} if money is None else {"money": money}),
         }
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
