@@ -1,4 +1,4 @@
-"""The critic of a command line that asks one outside a run: `--critic`, `--judge_…`, `--journal`."""
+"""The critic of a command that asks one outside a run: `--critic`, `--judge_…`, `--journal`."""
 
 import argparse
 from pathlib import Path
