@@ -9,6 +9,7 @@ import os
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -119,8 +120,9 @@ def pause(error: "OpenAIError", tries: int) -> float:
 
 def _seconds(retry_after: str) -> float | None:
     """What the header Retry-After says, in seconds from now; None where it says nothing."""
-    if retry_after.isdecimal():
-        return float(retry_after)
+    with suppress(ValueError):
+        if 0 <= (seconds := float(retry_after)) < float("inf"):
+            return seconds
     try:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     except ValueError:
