@@ -7,9 +7,9 @@ file, and in no message.
 import email.utils
 import os
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -120,9 +120,8 @@ def pause(error: "OpenAIError", tries: int) -> float:
 
 def _seconds(retry_after: str) -> float | None:
     """What the header Retry-After says, in seconds from now; None where it says nothing."""
-    with suppress(ValueError):
-        if 0 <= (seconds := float(retry_after)) < float("inf"):
-            return seconds
+    if re.fullmatch(r"\d+(\.\d+)?", retry_after, re.ASCII):
+        return float(retry_after)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     except ValueError:

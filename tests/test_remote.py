@@ -271,6 +271,7 @@ def test_retry_after_is_honoured() -> None:
 
 def test_what_retry_after_says() -> None:
     assert server._seconds("7") == 7
+    assert server._seconds("0.25") == 0.25
     soon = server._seconds(formatdate(time.time() + 30, usegmt=True))
     assert soon is not None
     assert 28 <= soon <= 30
