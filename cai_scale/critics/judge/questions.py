@@ -18,10 +18,26 @@ OPTIONS = ("A", "B")
 TIE = "tie"
 REASONING = "reasoning"
 
-# Tokenizers read <|im_start|>, <s> or [INST] in any text as what separates turns.
-_ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-_MARKER = re.compile(r"\[(?=/?[A-Z_ ]{2,}\])")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+# What must not stand in a fence as it is, one letter a match. A tokenizer may normalise wide
+# letters (NFKC), so they count as what they become.
+_UNSAFE = re.compile(
+    r"[&<>＆＜＞﹠﹤﹥]"  # tags, entities and nearly all markers: <|im_start|>, <s>, <<SYS>>
+    r"|[\[［](?=[|｜]|[ /／]{0,2}[^\W\da-z][^\[\]［］a-z\n]{1,30}[\]］])"  # [|user|], [/INST]
+    r"|[\[\]](?=!?\w?~)"  # MiniMax: ]~b], [e~[
+)
+# Templates without markers part turns by labels: "User:", "### Response:", "… ASSISTANT:".
+_LABEL = re.compile(
+    r"(^[^\w\n]*(?i:system|user|human|assistant|instruction|response)"
+    r"|^[ \t]*#{2,}[^\n:：]{1,40}"
+    r"|\b(?:SYSTEM|USER|HUMAN|ASSISTANT))([ *_]*)([:：﹕︓])",
+    re.MULTILINE,
+)
+# Controls, lone surrogates, and what formats text unseen or smuggles it (tag characters).
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2064"
+    r"\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
+)
+_NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 WORDING: Mapping[str, Mapping[str, str]] = {
     "en": {
@@ -144,10 +160,16 @@ def choose(
 
 
 def fenced(text: str) -> str:
-    """A text as it stands in a fence: it holds no tag, no marker of a turn, nothing invisible."""
-    visible = _CONTROL.sub("", text)
-    escaped = "".join(_ESCAPES.get(letter, letter) for letter in visible)
-    return _MARKER.sub("&#91;", escaped)
+    """A text as it stands in a fence: it holds no tag, no marker of a turn, nothing unseen.
+
+    `html.unescape` gives it back, but for what is unseen.
+    """
+    escaped = _UNSAFE.sub(lambda match: _entity(match[0]), _UNSEEN.sub("", text))
+    return _LABEL.sub(lambda match: match[1] + match[2] + _entity(match[3]), escaped)
+
+
+def _entity(letter: str) -> str:
+    return _NAMED.get(letter, f"&#{ord(letter)};")
 
 
 def _words(constitution: Constitution) -> tuple[Mapping[str, str], str]:
