@@ -80,6 +80,10 @@ class Config:
     revisions: int = setting("rollout", 1, "how often a poor answer is asked for again", least=0)
 
     margin: float = setting("pairs", 0.05, "smallest score gap of a pair", least=0)
+    audit: str = setting(
+        "pairs", "refuse", "what the audit does with pairs beyond its limits: refuse ends the run "
+        "before it trains on them, warn goes on", ("refuse", "warn"),
+    )  # fmt: skip
 
     rounds: int = setting(
         "training", 1, "how often to sample anew, from the policy as it is by then, and train on",

@@ -80,6 +80,11 @@ class Round(Trained):
         return self.path / "pairs.jsonl"
 
     @property
+    def refused(self) -> Path:
+        """A row for each answer, comparison and prompt that gave no pair, and why."""
+        return self.path / "refused.jsonl"
+
+    @property
     def references(self) -> Path:
         """What the base model gives the pairs: see `training.references`."""
         return self.path / "references.json"
@@ -289,8 +294,9 @@ def _same(run: Run, record: Mapping[str, Any]) -> None:
     """A run continues only with what it was started with; where it ran may differ."""
     before = run.record
     now = json.loads(json.dumps(record))
-    for part in (before, now):  # a server may have moved
-        part["settings"].pop("sampler_url", None)
+    for part in (before, now):
+        part["settings"].pop("sampler_url", None)  # a server may have moved
+        part["settings"].pop("audit", None)  # decides whether a run goes on, not how
     parts = ["settings", "constitution", "weights", "prompts", "precision", "sampler", "ds_config"]
     parts += ["critic", "start"]
     if any(run.path.rglob("checkpoint-*")) and run.product is None:

@@ -10,7 +10,10 @@ from cai_scale.records import Preference, Score
 NAMES = ("lexicon", "reward:PATH")
 
 
+# Why there is no score, or no preference: what the audit counts by itself begins so.
 EMPTY = "empty answer"
+INVALID = "no valid reply"
+DISAGREE = "the orders disagree"
 
 
 class Critic(Protocol):
