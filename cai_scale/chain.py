@@ -57,7 +57,8 @@ def stages(run: Run) -> dict[str, Stage]:
                     (*settings, train, first, *policy), tuple(others)
                 ),
                 of_round("pair", number): Stage(
-                    (*settings, train, first, *others), (files.pairs, files.audit)
+                    (*settings, train, first, *others),
+                    (files.pairs, files.refused, files.audit),
                 ),
             }
             data = (first, *others, files.pairs)

@@ -156,6 +156,12 @@ def _judge_eval(arguments: Sequence[str]) -> int:
     return judge_eval.main(arguments)
 
 
+def _audit(arguments: Sequence[str]) -> int:
+    from cai_scale import audit
+
+    return audit.main(arguments)
+
+
 def _verify(arguments: Sequence[str]) -> int:
     from cai_scale import verify
 
@@ -176,6 +182,7 @@ def _serve(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "collect": (_collect, "sample, revise and score answers, and build pairs"),
+    "audit": (_audit, "check pairs before training on them"),
     "train": (_train, "the same, and train on the pairs"),
     "evaluate": (_evaluate, "the same, and evaluate and report: the whole main job"),
     "compare": (_compare, "run several methods from the same start, and put them side by side"),

@@ -130,6 +130,10 @@ class Config:
     )  # fmt: skip
 
     margin: float = setting("pairs", 0.05, "smallest score gap of a pair", least=0)
+    audit: str = setting(
+        "pairs", "refuse", "what the audit does with pairs beyond its limits: refuse ends the run "
+        "before it trains on them, warn goes on", ("refuse", "warn"),
+    )  # fmt: skip
 
     rounds: int = setting(
         "training", 1, "how often to sample anew, from the policy as it is by then, and train on",

@@ -126,7 +126,10 @@ class Replay:
 
     def pair(self, number: int) -> str:
         files = self.run.round(number)
-        pairs, figures = results.pairs(self.config, self.prompts, *self.revised(number))
+        _require(files.refused)
+        pairs, figures, refused = results.pairs(
+            self.config, self.prompts, files, *self.revised(number)
+        )
         stored = read_pairs(files.pairs)
         if [p.prompt_id for p in pairs] != [p.prompt_id for p in stored]:
             raise GateError(
@@ -138,8 +141,16 @@ class Replay:
                 raise GateError(
                     f"the pair of prompt {pair.prompt_id} is not what the stored answers give"
                 )
+        rows = read_records(files.refused, dict)
+        if len(rows) != len(refused):
+            raise GateError(
+                f"refused.jsonl has {len(rows)} rows, and the stored answers give {len(refused)}"
+            )
+        _same(rows, refused, "refused.jsonl")
         _same(read_json(files.audit), figures, "audit.json")
-        return f"{len(pairs)} pairs and their audit, rebuilt from the answers"
+        return (
+            f"{len(pairs)} pairs, {len(refused)} refusals and the audit, rebuilt from the answers"
+        )
 
     def references(self, number: int) -> str:
         """They are of the pairs and of the base model; the numbers themselves need that model."""
@@ -207,6 +218,9 @@ class _Stored:
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
         raise GateError("the score of an answer is not stored")
+
+    def why(self, prompt: str, response: str) -> str:
+        raise GateError("why an answer has no score is not stored")
 
     def sample(self, batches: Sequence[Sequence[Request]]) -> Iterator[tuple[Request, Completion]]:
         raise GateError(f"the answer to {batches[0][0].prompt_id} is not stored")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cai_scale.config import Config
 from cai_scale.constitution import Constitution
-from cai_scale.critics import Comparer, Critic
+from cai_scale.critics import EMPTY, Comparer, Critic
 from cai_scale.critics.complaint import RevisionRules
 from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import DataError
@@ -22,7 +22,7 @@ from cai_scale.evaluation import protocol
 from cai_scale.evaluation.compare import Answered, compare, drift, slices
 from cai_scale.evaluation.rewards import rewards
 from cai_scale.preferences.audit import audit
-from cai_scale.preferences.pairs import build_pairs
+from cai_scale.preferences.pairs import Refusal, build_pairs
 from cai_scale.ranks import Ranks, wait_for
 from cai_scale.records import (
     Answer,
@@ -37,7 +37,7 @@ from cai_scale.records import (
     write_jsonl,
 )
 from cai_scale.rollout.collect import collect, requests_for
-from cai_scale.rollout.revise import revise
+from cai_scale.rollout.revise import better, revise, sample_of
 from cai_scale.rollout.sampler import Sampler
 from cai_scale.runs import Round, Run
 
@@ -133,28 +133,43 @@ def score_once(
 ) -> list[Score | None]:
     """The critic's scores of responses, in order: rank 0 asks it once, and all read the file.
 
-    So ranks cannot differ about a score, and a critic that costs money is not paid twice.
+    So ranks cannot differ about a score, and a critic that costs money is not paid twice. The
+    file says too why an answer has none.
 
     Raises:
         DataError: the stored scores are of other answers.
     """
     if ranks.main and not product.exists():
         scores = critic.score(prompts, [response.text for response in responses])
-        write_jsonl(
-            product,
-            (
-                {"prompt_id": r.prompt_id, "sample": r.sample, "score": s and s.plain()}
-                for r, s in zip(responses, scores, strict=True)
-            ),
-        )
+        rows = zip(prompts, responses, scores, strict=True)
+        write_jsonl(product, (_score_row(critic, *row) for row in rows))
     wait_for(product)
-    stored = read_records(
-        product,
-        lambda row: (row["prompt_id"], row["sample"], row["score"] and Score(**row["score"])),
-    )
-    if [row[:2] for row in stored] != [(r.prompt_id, r.sample) for r in responses]:
+    stored = read_scores(product)
+    if [row[0] for row in stored] != [(r.prompt_id, r.sample) for r in responses]:
         raise DataError(f"{product} does not hold the scores of its answers; remove it")
-    return [row[2] for row in stored]
+    return [row[1] for row in stored]
+
+
+def _score_row(
+    critic: Critic, prompt: str, response: Response, score: Score | None
+) -> dict[str, Any]:
+    row = {"prompt_id": response.prompt_id, "sample": response.sample}
+    if score is not None:
+        return {**row, "score": score.plain()}
+    why = critic.why(prompt, response.text) if response.text.strip() else EMPTY
+    return {**row, "score": None, "why": why}
+
+
+def read_scores(file: Path) -> list[tuple[tuple[str, int], Score | None, str]]:
+    """Of each answer its prompt's id and its sample, its score, and why it has none."""
+    return read_records(
+        file,
+        lambda row: (
+            (row["prompt_id"], row["sample"]),
+            row["score"] and Score(**row["score"]),
+            row.get("why", ""),
+        ),
+    )
 
 
 def compare_once(
@@ -228,12 +243,33 @@ def to_compare(
 def pairs(
     config: Config,
     prompts: Sequence[Prompt],
+    files: Round,
     responses: Sequence[Response],
     scores: Sequence[Score | None],
-) -> tuple[list[Pair], dict[str, Any]]:
-    """The pairs of a round, and their audit."""
-    built, account = build_pairs(prompts, responses, scores, margin=config.margin)
-    return built, audit(built, account)
+) -> tuple[list[Pair], dict[str, Any], list[Refusal]]:
+    """The pairs of a round, their audit, and a row for everything that was refused.
+
+    Args:
+        files: where the scores of the samples and revisions are.
+    """
+    # An answer without a score is a sample: no revision without one has taken its place.
+    why = {key: why for key, _, why in read_scores(files.scores(files.rollouts)) if why}
+    built, account, refused = build_pairs(prompts, responses, scores, margin=config.margin, why=why)
+    return built, audit(built, account | {"revisions": revisions(files)}, refused), refused
+
+
+def revisions(files: Round) -> dict[str, int]:
+    """How many revisions were asked for in a round, and how many the critic found better."""
+    best = {key: score for key, score, _ in read_scores(files.scores(files.rollouts))}
+    counts = {"asked": 0, "better": 0}
+    for product in files.all_revisions():
+        for (prompt_id, sample), score, _ in read_scores(files.scores(product)):
+            key = prompt_id, sample_of(sample)
+            counts["asked"] += 1
+            if better(score, best[key]):
+                counts["better"] += 1
+                best[key] = score
+    return counts
 
 
 def heldout(

@@ -17,8 +17,10 @@ from cai_scale.records import checksums, read_json, replacing, write_json
 
 SCHEMA = 1
 ROOT = Path("runs")
-# Settings that a continued run may change: a server may have moved, a budget may be raised.
+# Settings that a continued run may change: a server may have moved, a budget may be raised, and
+# the audit decides whether a run goes on, not how.
 MAY_CHANGE = (
+    "audit",
     *("sampler_url", "judge_url", "judge_concurrency", "judge_deadline"),
     *("judge_max_tokens", "judge_max_cost", "judge_prices"),
 )
@@ -93,6 +95,11 @@ class Round(Trained):
     @property
     def pairs(self) -> Path:
         return self.path / "pairs.jsonl"
+
+    @property
+    def refused(self) -> Path:
+        """A row for each answer, comparison and prompt that gave no pair, and why."""
+        return self.path / "refused.jsonl"
 
     @property
     def references(self) -> Path:

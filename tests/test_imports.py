@@ -14,7 +14,7 @@ ALLOWED = {
     "critics": set(),
     "prompts": set(),
     "rollout": {"critics", "runtime", "commands"},
-    "preferences": set(),
+    "preferences": {"critics"},
     # A task brings a critic and samplers along; methods that sample while they train use them.
     "training": {"critics", "rollout"},
     "methods": {"training"},

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+
 from judge_faults import BODIES, KINDS, LETTERS, REPLIES, STATUSES, draw
 from judge_server import Judge
 from judging import comparisons, quality_of, text_of
@@ -74,7 +75,11 @@ class Client:
 
 
 def test_a_quality_is_found_where_it_was_planted() -> None:
-    assert [quality_of(BAD), quality_of(BAD, "helpful"), quality_of(BAD, "other")] == [0.2, 0.9, 0.2]
+    assert [quality_of(BAD), quality_of(BAD, "helpful"), quality_of(BAD, "other")] == [
+        0.2,
+        0.9,
+        0.2,
+    ]
     assert quality_of("quality 0.3, and then quality 0.9") == 0.3
     assert quality_of("quality[a] 1.0 quality 0", "a") == 1.0
     natural = [quality_of(f"Answer {i}") for i in range(2000)]
@@ -312,7 +317,9 @@ def test_faults_come_as_often_as_told_and_depend_on_seed_question_and_attempt() 
     found = drawn(1, 0.3)
     assert found == drawn(1, 0.3)
     assert found != drawn(2, 0.3)
-    again = [first == second for first, second in zip(found[::2], found[1::2], strict=True) if first]
+    again = [
+        first == second for first, second in zip(found[::2], found[1::2], strict=True) if first
+    ]
     assert sum(again) < 0.1 * len(again)  # a retry fails as often as another call
     counts = Counter(kind for kind in found if kind)
     assert counts.total() == pytest.approx(1560, abs=120)  # 3.6 standard deviations

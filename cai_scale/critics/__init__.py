@@ -14,7 +14,10 @@ NAMES = ("lexicon", "judge", "reward:PATH")
 JUDGE = "judge"
 
 
+# Why there is no score, or no preference: what the audit counts by itself begins so.
 EMPTY = "empty answer"
+INVALID = "no valid reply"
+DISAGREE = "the orders disagree"
 
 
 class Critic(Protocol):

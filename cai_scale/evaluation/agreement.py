@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cai_scale.critics import DISAGREE
 from cai_scale.evaluation.statistics import rounded, spearman, wilson
 from cai_scale.records import Preference
 
 RIGHT, WRONG, TIE, ABSTENTION = "right", "wrong", "tie", "abstention"
-DISAGREE = "the orders disagree"  # what a comparer says of a pair that it prefers by its place
 NEAR = 1e-9  # a lean that is nearer to 0 is a tie
 BINS = 10
 

@@ -74,9 +74,9 @@ def better(new: Score | None, old: Score | None) -> bool:
     return new is not None and (old is None or new.overall > old.overall)
 
 
-def sample_of(revision: Response) -> int:
-    """The sample that a revision, as it is stored, was asked for in place of."""
-    return revision.sample % _FIRST_SAMPLE
+def sample_of(revision: int) -> int:
+    """The sample that a revision, by its own number, was asked for in place of."""
+    return revision % _FIRST_SAMPLE
 
 
 def _complained(

@@ -6,7 +6,7 @@ from functools import cache, cached_property
 from typing import Protocol
 
 from cai_scale.constitution import Constitution, Principle
-from cai_scale.critics import EMPTY
+from cai_scale.critics import DISAGREE, EMPTY
 from cai_scale.critics.judge import questions
 from cai_scale.critics.judge.budget import Budget
 from cai_scale.critics.judge.journal import Journal, Subject, Verdict, digest
@@ -15,7 +15,6 @@ from cai_scale.critics.judge.settings import Settings
 from cai_scale.records import Preference, Score, canonical
 from cai_scale.terminal import progress_bar
 
-DISAGREE = "the orders disagree"
 # Reasoning makes a model too sure of its letter: Bai et al. 2022 (arXiv 2212.08073, section 4.1)
 # clamp its probability to this range.
 THOUGHT_RANGE = (0.4, 0.6)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cai_scale import endpoint
+from cai_scale.critics import INVALID
 from cai_scale.critics.judge import verdict
 from cai_scale.critics.judge.budget import Budget
 from cai_scale.critics.judge.journal import Spent, Subject, Verdict
@@ -107,7 +108,7 @@ class RemoteModel:
                 if asked.invalid == REPLIES:
                     if question.kind == "choose" and not self._dialect.understood:
                         raise self._no_letters(asked.trouble) from None
-                    return Verdict(None, f"no valid reply ({error})", asked.spent)
+                    return Verdict(None, f"{INVALID} ({error})", asked.spent)
             except TimeoutError:
                 asked.trouble = "it is slow"
             except OpenAIError as error:
