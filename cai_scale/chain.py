@@ -41,16 +41,10 @@ def stages(run: Run) -> dict[str, Stage]:
         files, into = run.round(number), run.trained(number)
         data: tuple[Path, ...] = ()
         if config.collects:
-            products = (files.rollouts, *files.all_revisions())
-            first, *others = (
-                file
-                for product in products
-                for file in (
-                    *(product, files.scores(product)),
-                    *(files.critiques(product), files.comparisons(product)),
-                )
-                if file not in (files.critiques(files.rollouts), files.comparisons(files.rollouts))
-            )
+            first, others = files.rollouts, [files.scores(files.rollouts)]
+            for product in files.all_revisions():
+                others += [files.critiques(product), product, files.scores(product)]
+                others.append(files.comparisons(product))
             found |= {
                 of_round("rollout", number): Stage((run.config, train, *policy), (first,)),
                 of_round("revise", number): Stage(
@@ -58,7 +52,10 @@ def stages(run: Run) -> dict[str, Stage]:
                 ),
                 of_round("pair", number): Stage(
                     (*settings, train, first, *others),
-                    (files.pairs, files.refused, files.audit),
+                    (
+                        *(files.pairs, files.refused, files.audit),
+                        files.comparisons(files.pairs),
+                    ),
                 ),
             }
             data = (first, *others, files.pairs)

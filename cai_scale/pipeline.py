@@ -70,8 +70,15 @@ def collect(job: Job, number: int) -> tuple[list[Answer], list[Pair]]:
                 job.ranks,
             )
     with job.stage(of_round("pair", number)):
+        comparisons = None
+        if job.comparer is not None:
+            comparisons = results.comparisons(
+                config, job.constitution, job.comparer, job.prompts, responses, files, job.ranks
+            )
         if job.ranks.main and not files.pairs.exists():
-            pairs, figures, refused = results.pairs(config, job.prompts, files, responses, scores)
+            pairs, figures, refused = results.pairs(
+                config, job.prompts, files, responses, scores, comparisons
+            )
             write_json(files.audit, figures)
             write_jsonl(files.refused, refused)
             write_jsonl(files.pairs, pairs)

@@ -22,7 +22,7 @@ from cai_scale.evaluation import protocol
 from cai_scale.evaluation.compare import Answered, compare, drift, slices
 from cai_scale.evaluation.rewards import rewards
 from cai_scale.preferences.audit import audit
-from cai_scale.preferences.pairs import Refusal, build_pairs
+from cai_scale.preferences.pairs import Comparison, Refusal, build_pairs, compared_pairs
 from cai_scale.ranks import Ranks, wait_for
 from cai_scale.records import (
     Answer,
@@ -201,14 +201,38 @@ def compare_once(
             ),
         )
     wait_for(product)
-    stored = read_records(product, lambda row: (row, Preference(**row.pop("preference"))))
+    stored = _read_comparisons(product)
     if [row for row, _ in stored] != [_two(*pair) for pair in pairs]:
         raise DataError(f"{product} does not hold the verdicts on its answers; remove it")
     return [preference for _, preference in stored]
 
 
+def _read_comparisons(file: Path) -> list[tuple[dict[str, Any], Preference]]:
+    """Which answers were compared, and what was said of them."""
+    return read_records(file, lambda row: (row, Preference(**row.pop("preference"))))
+
+
 def _two(first: Response, second: Response) -> dict[str, Any]:
     return {"prompt_id": first.prompt_id, "first": first.sample, "second": second.sample}
+
+
+def comparisons(
+    config: Config,
+    constitution: Constitution,
+    comparer: Comparer,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Response],
+    files: Round,
+    ranks: Ranks,
+) -> list[Comparison]:
+    """The comparer's verdicts on the answers of a round; what is stored is not asked again."""
+    text = {prompt.id: prompt.text for prompt in prompts}
+    pairs = to_compare(config, constitution, prompts, responses)
+    found = compare_once(comparer, text, pairs, files.comparisons(files.pairs), ranks)
+    return [
+        (first.prompt_id, first.sample, second.sample, preference)
+        for (first, second), preference in zip(pairs, found, strict=True)
+    ]
 
 
 def to_compare(
@@ -246,12 +270,20 @@ def pairs(
     files: Round,
     responses: Sequence[Response],
     scores: Sequence[Score | None],
+    comparisons: Sequence[Comparison] | None,
 ) -> tuple[list[Pair], dict[str, Any], list[Refusal]]:
     """The pairs of a round, their audit, and a row for everything that was refused.
 
     Args:
-        files: where the scores of the samples and revisions are.
+        files: where the verdicts on the samples and revisions are.
+        comparisons: what a comparer said, where it labels the pairs in place of scores.
     """
+    if comparisons is not None:
+        built, account, refused = compared_pairs(
+            prompts, responses, comparisons, margin=config.margin
+        )
+        account["revisions"] = preferred_revisions(files)
+        return built, audit(built, account, refused), refused
     # An answer without a score is a sample: no revision without one has taken its place.
     why = {key: why for key, _, why in read_scores(files.scores(files.rollouts)) if why}
     built, account, refused = build_pairs(prompts, responses, scores, margin=config.margin, why=why)
@@ -270,6 +302,16 @@ def revisions(files: Round) -> dict[str, int]:
                 counts["better"] += 1
                 best[key] = score
     return counts
+
+
+def preferred_revisions(files: Round) -> dict[str, int]:
+    """The same of a comparer's verdicts."""
+    found = [
+        preference
+        for product in files.all_revisions()
+        for _, preference in _read_comparisons(files.comparisons(product))
+    ]
+    return {"asked": len(found), "better": sum((p.lean or 0) > 0 for p in found)}
 
 
 def heldout(

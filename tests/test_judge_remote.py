@@ -202,11 +202,10 @@ def test_what_ends_the_asking_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "sk-a-secret" not in str(info.value)
     with dialect(
         lambda body: (400, "logprobs: no") if "logprobs" in body else None
-    ).thread() as url:
-        with pytest.raises(
-            ServerError, match=r"gives no log-probabilities .*--judge_mode pairwise"
-        ):
-            labels(make(url, mode="logprob"), comparisons(1))
+    ).thread() as url, pytest.raises(
+        ServerError, match=r"gives no log-probabilities .*--judge_mode pairwise"
+    ):
+        labels(make(url, mode="logprob"), comparisons(1))
     with Server().thread() as url:
         judges.check(Settings(url=url))
         with pytest.raises(ServerError, match="no model 'other', its models: planted; name one"):
