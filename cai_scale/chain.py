@@ -42,9 +42,9 @@ def stages(run: Run) -> dict[str, Stage]:
         data: tuple[Path, ...] = ()
         if config.collects:
             first, others = files.rollouts, [files.scores(files.rollouts)]
-            for product in files.all_revisions():
-                others += [files.critiques(product), product, files.scores(product)]
-                others.append(files.comparisons(product))
+            for revised in files.all_revisions():
+                others += [files.critiques(revised), revised, files.scores(revised)]
+                others.append(files.comparisons(revised))
             found |= {
                 of_round("rollout", number): Stage((run.config, train, *policy), (first,)),
                 of_round("revise", number): Stage(

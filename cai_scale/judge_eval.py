@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         "data_sha256": sha256(options.data),
         "critic": critic.name,
         "constitution": constitution.sha256,
-        **agreement(pairs, preferences, compares=hasattr(critic, "compare")),
+        **agreement(pairs, preferences, compares=isinstance(critic, Comparer)),
         "cost": cost(critic, seconds),
     }
     if options.rows:
@@ -91,7 +91,7 @@ def ask(critic: Critic | Comparer, pairs: Sequence[LabelledPair]) -> list[Prefer
     Raises:
         DataError: a comparer gave too few or too many preferences, or one outside [-1, 1].
     """
-    if hasattr(critic, "compare"):
+    if isinstance(critic, Comparer):
         return _compared(critic, pairs)
     prompts = [pair.prompt for pair in pairs for _ in range(2)]
     responses = [answer for pair in pairs for answer in (pair.first, pair.second)]

@@ -21,7 +21,7 @@ ALLOWED = {
     # A task brings a critic and samplers along; methods that sample while they train use them.
     "training": {"critics", "rollout"},
     "methods": {"training"},
-    "evaluation": {"runtime"},
+    "evaluation": {"critics", "runtime"},
     "runtime": {"critics"},
 }
 # A reward model as a critic runs what was trained, or a bundle's; only it does, and nothing that

@@ -94,7 +94,7 @@ def test_each_fault_is_survived(kind: str, mode: str) -> None:
         return
     planted = comparisons(8, ties=0)
     slow = kind in ("stall", "drip")
-    server = Server(faults=0.5, kinds=[kind], seed=3, retry_after=0.02)
+    server = Server(faults=0.5, kinds=[kind], seed=3, most=2 if slow else 4, retry_after=0.02)
     with server.thread() as url:
         judge = make(url, mode=mode, deadline=4.0 if slow else 20.0, concurrency=16)
         if mode == "absolute":
@@ -234,7 +234,7 @@ def test_nothing_is_lost_or_doubled_when_calls_fail_and_the_labeller_is_killed(
     draw = random.Random(0)
     with serving(str(TESTS / "judge_server.py"), *flags, timeout=1000) as (url, _):
         command = [sys.executable, str(TESTS / "judge_worker.py"), "--url", url]
-        command += ["--journal", str(journal), "--count", str(count), "--deadline", "4"]
+        command += ["--journal", str(journal), "--count", str(count), "--deadline", "10"]
         command += ["--into", str(tmp_path / "found.json")]
         environment = os.environ | {"PYTHONPATH": str(TESTS)}
         while not (tmp_path / "found.json").exists():

@@ -138,13 +138,13 @@ class RemoteModel:
                     {"role": "assistant", "content": thought["message"]["content"]},
                     {"role": "user", "content": question.settle},
                 ]
-            form = {"logprobs": True, "top_logprobs": TOP_LOGPROBS, "max_tokens": 1}
-            choice = await self._post(client, messages, asked, form)
+            letter = {"logprobs": True, "top_logprobs": TOP_LOGPROBS, "max_tokens": 1}
+            choice = await self._post(client, messages, asked, letter)
             values = {question.ids[0]: verdict.probability(_first_token(choice))}
         else:
             schema = {"name": "verdict", "strict": True, "schema": question.schema}
-            form = {"response_format": {"type": "json_schema", "json_schema": schema}}
-            choice = await self._post(client, messages, asked, form)
+            form = {"type": "json_schema", "json_schema": schema}
+            choice = await self._post(client, messages, asked, {"response_format": form})
             if choice.get("finish_reason") == "length":
                 asked.cut = min(asked.cut + 1, MOST_CUTS)
             values = verdict.read(question, choice["message"]["content"])
