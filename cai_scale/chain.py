@@ -41,15 +41,21 @@ def stages(run: Run) -> dict[str, Stage]:
         files, into = run.round(number), run.trained(number)
         data: tuple[Path, ...] = ()
         if config.collects:
-            products = (files.rollouts, *files.all_revisions())
-            first, *others = (f for product in products for f in (product, files.scores(product)))
+            first, others = files.rollouts, [files.scores(files.rollouts)]
+            for product in files.all_revisions():
+                others += [files.critiques(product), product, files.scores(product)]
+                others.append(files.comparisons(product))
             found |= {
                 of_round("rollout", number): Stage((run.config, train, *policy), (first,)),
                 of_round("revise", number): Stage(
                     (*settings, train, first, *policy), tuple(others)
                 ),
                 of_round("pair", number): Stage(
-                    (*settings, train, first, *others), (files.pairs, files.audit)
+                    (*settings, train, first, *others),
+                    (
+                        *(files.pairs, files.refused, files.audit),
+                        files.comparisons(files.pairs),
+                    ),
                 ),
             }
             data = (first, *others, files.pairs)
@@ -69,7 +75,7 @@ def stages(run: Run) -> dict[str, Stage]:
         evaluated = (before, after)
     found["summary"] = Stage(
         (*settings, heldout, *evaluated, run.round(run.rounds).audit, run.metrics),
-        (run.costs, run.report, run.summary),
+        (run.costs, run.report, run.summary, *run.all_labels()),
     )
     return found
 

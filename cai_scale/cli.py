@@ -150,6 +150,18 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare.main(arguments)
 
 
+def _judge_eval(arguments: Sequence[str]) -> int:
+    from cai_scale import judge_eval
+
+    return judge_eval.main(arguments)
+
+
+def _audit(arguments: Sequence[str]) -> int:
+    from cai_scale import audit
+
+    return audit.main(arguments)
+
+
 def _verify(arguments: Sequence[str]) -> int:
     from cai_scale import verify
 
@@ -170,9 +182,11 @@ def _serve(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "collect": (_collect, "sample, revise and score answers, and build pairs"),
+    "audit": (_audit, "check pairs before training on them"),
     "train": (_train, "the same, and train on the pairs"),
     "evaluate": (_evaluate, "the same, and evaluate and report: the whole main job"),
     "compare": (_compare, "run several methods from the same start, and put them side by side"),
+    "judge-eval": (_judge_eval, "how well a critic agrees with labelled pairs"),
     "report": (_report, "print a finished run's table again"),
     "constitution": (_constitution, "show or check a constitution"),
     "verify": (_verify, "check a run or a bundle, link by link: files, pairs, scores, figures"),

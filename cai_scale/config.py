@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 import yaml
 
 from cai_scale import methods, rollout
+from cai_scale.critics.judge import settings as judges
+from cai_scale.critics.weighted import parse
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.prompts import HELDOUT, TRAIN
 from cai_scale.training import precision
@@ -44,8 +46,9 @@ class Config:
     eval_prompts: str = setting("job", HELDOUT, "what to answer before and after, likewise")
     constitution: str | None = setting("job", None, "a YAML file; the default has four principles")
     critic: str = setting(
-        "job", "lexicon", "what scores the answers to train on: lexicon; reward:PATH, a reward "
-        "model's run, folder or bundle; or several with weights, as in lexicon*0.5+reward:PATH*0.5"
+        "job", "lexicon", "what scores the answers to train on: lexicon; judge, a language model "
+        "(--judge_url); reward:PATH, a reward model's run, folder or bundle; or several with "
+        "weights, as in lexicon*0.5+reward:PATH*0.5"
     )  # fmt: skip
     start: str | None = setting(
         "job", None, "a finished run whose adapter or model the training continues from, such as "
@@ -78,8 +81,59 @@ class Config:
     max_new_tokens: int = setting("rollout", 96, "longest answer, in tokens", least=1)
     rollout_batch_size: int = setting("rollout", 64, "answers sampled at once on a rank", least=1)
     revisions: int = setting("rollout", 1, "how often a poor answer is asked for again", least=0)
+    revision: str = setting(
+        "rollout", "rules", "what is asked for again: rules, an answer that is short, repetitive "
+        "or under a principle's floor; critique, every answer, after the policy has criticised it "
+        "by a principle", ("rules", "critique"),
+    )  # fmt: skip
+
+    judge_url: str | None = setting(
+        "judge", None, "the server of --critic judge, such as http://host:8000/v1; its key, if it "
+        "wants one, is read from OPENAI_API_KEY; none loads --judge_model in this process"
+    )  # fmt: skip
+    judge_model: str | None = setting(
+        "judge", None, "what the server calls the judge (default: its only model); without a "
+        "server a folder, a hub's name or an alias, as for --model"
+    )  # fmt: skip
+    judge_mode: str = setting(
+        "judge", "absolute", "what a judge is asked: absolute, a number for each principle; "
+        "pairwise, which of two answers is better, in both orders; logprob, the same, read off "
+        "the probabilities of A and B", judges.MODES,
+    )  # fmt: skip
+    judge_principles: str = setting(
+        "judge", "all", "two answers are compared by all principles, or by one that is drawn for "
+        "them", judges.PRINCIPLES,
+    )  # fmt: skip
+    judge_thinking: bool = setting("judge", False, "let the judge reason before its verdict")
+    judge_first_pass: bool = setting(
+        "judge", False, "pairwise, logprob: of the answers to a prompt, compare the two that the "
+        "lexicon tells apart the most, in place of every two neighbours"
+    )  # fmt: skip
+    judge_concurrency: int = setting("judge", 16, "questions under way at once", least=1)
+    judge_deadline: float = setting(
+        "judge", 300.0, "seconds for one question, all tries included", least=1
+    )
+    judge_reply_tokens: int = setting("judge", 256, "longest reply, in tokens", least=1)
+    judge_max_tokens: int | None = setting(
+        "judge", None, "stop where the judge has read and written this many tokens", least=1
+    )
+    judge_max_cost: float | None = setting(
+        "judge", None, "stop where the judge has cost this much, by --judge_prices", least=0
+    )
+    judge_prices: tuple[float, ...] = setting(
+        "judge", (), "what a million tokens cost: those that are read, those that are written",
+        least=0,
+    )  # fmt: skip
+    min_agreement: float = setting(
+        "judge", 0.0, "several critics: an answer has no score where 1 less the range of what they "
+        "give it is under this", least=0,
+    )  # fmt: skip
 
     margin: float = setting("pairs", 0.05, "smallest score gap of a pair", least=0)
+    audit: str = setting(
+        "pairs", "refuse", "what the audit does with pairs beyond its limits: refuse ends the run "
+        "before it trains on them, warn goes on", ("refuse", "warn"),
+    )  # fmt: skip
 
     rounds: int = setting(
         "training", 1, "how often to sample anew, from the policy as it is by then, and train on",
@@ -198,6 +252,24 @@ class Config:
                 "--qlora with --no-lora: weights in 4 bits cannot be trained; give one of them",
             ),
             (
+                self.judge_url is not None and not self.judged,
+                f"--judge_url with --critic {self.critic}: a judge's address goes with --critic "
+                f"judge",
+            ),
+            (
+                self.labels_pairs and not (self.pairwise and self.critic == "judge"),
+                f"--judge_mode {self.judge_mode} labels pairs: use it with --critic judge alone, "
+                f"and with --method dpo, or reward with --objective bradley-terry",
+            ),
+            (
+                len(self.judge_prices) not in (0, 2),
+                f"--judge_prices {self.judge_prices}: expected two numbers",
+            ),
+            (
+                self.judge_max_cost is not None and not self.judge_prices,
+                "--judge_max_cost needs --judge_prices, of the tokens read and written",
+            ),
+            (
                 (self.sampler == "openai") != (self.sampler_url is not None),
                 f"--sampler {self.sampler} with --sampler_url {self.sampler_url}: a server's "
                 f"address goes with --sampler openai, and with no other",
@@ -205,6 +277,22 @@ class Config:
         ):
             if wrong:
                 raise ConfigError(complaint)
+
+    @property
+    def judged(self) -> bool:
+        """Whether a judge is among the critics."""
+        return "judge" in (name for name, _ in parse(self.critic))
+
+    @property
+    def labels_pairs(self) -> bool:
+        """Whether a judge says which of two answers is better, in place of scores."""
+        return self.judged and self.judge.compares
+
+    @property
+    def judge(self) -> judges.Settings:
+        """The settings of the judge."""
+        names = (item.name for item in dataclasses.fields(judges.Settings))
+        return judges.Settings(**{name: getattr(self, f"judge_{name}") for name in names})
 
     @property
     def compares(self) -> bool:
@@ -250,11 +338,13 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
     return Config(**checked)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per setting, grouped, its default shown."""
+def add_flags(parser: argparse.ArgumentParser, prefix: str = "") -> None:
+    """One flag per setting whose name begins with `prefix`, grouped, its default shown."""
     kinds = typing.get_type_hints(Config)
     groups: dict[str, Any] = {}
     for item in dataclasses.fields(Config):
+        if not item.name.startswith(prefix):
+            continue
         title = item.metadata["group"]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group

@@ -7,6 +7,7 @@ file, and in no message.
 import email.utils
 import os
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -119,7 +120,7 @@ def pause(error: "OpenAIError", tries: int) -> float:
 
 def _seconds(retry_after: str) -> float | None:
     """What the header Retry-After says, in seconds from now; None where it says nothing."""
-    if retry_after.isdecimal():
+    if re.fullmatch(r"\d+(\.\d+)?", retry_after, re.ASCII):
         return float(retry_after)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())

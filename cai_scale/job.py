@@ -17,7 +17,8 @@ from cai_scale import prompts as prompt_files
 from cai_scale.config import Config, read_ds_config
 from cai_scale.constitution import Constitution
 from cai_scale.constitution import load as load_constitution
-from cai_scale.critics import Critic
+from cai_scale.critics import Comparer, Critic
+from cai_scale.critics import judge as judges
 from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.evaluation import protocol
@@ -47,6 +48,7 @@ class Job:
     local: Choice  # what answers the held-out prompts: the sampler, or another than a server
     constitution: Constitution
     critic: Critic
+    comparer: Comparer | None  # labels pairs, where no scores do
     evaluator: Critic  # scores the held-out answers, whatever the critic is
     start: Path | None  # the adapter or model that the first round continues from
     prompts: Sequence[Prompt]
@@ -79,15 +81,14 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     """
     peers = ranks.from_environment()
     constitution = load_constitution(config.constitution)
-    critics.check(config.critic, constitution, config.model)
+    critics.check(config.critic, constitution, config.model, config.judge)
     ds_config = None if config.ds_config is None else read_ds_config(config.ds_config)
     if ds_config is not None:
         _require_deepspeed()
     plan_batch(config.batch_size, config.micro_batch_size, peers.world)
     models.check(config.model)
     prompts, heldout = prompt_files.load(config.prompts), prompt_files.load(config.eval_prompts)
-    rows = len(prompts) * config.rows_of_prompt
-    if config.batch_size > rows:
+    if config.batch_size > (rows := len(prompts) * config.rows_of_prompt):
         raise ConfigError(
             f"--batch_size {config.batch_size} with {len(prompts)} prompts: {config.method} has "
             f"{rows} rows of these at most; lower it, or bring more prompts"
@@ -130,24 +131,26 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     else:
         path, verb = "", ""
     path, verb = ranks.agree(peers, (path, verb))
+    run = Run(Path(path))
+    critic, comparer = _critics(config, constitution, run, peers)
     job = Job(
         config=config,
-        run=Run(Path(path)),
+        run=run,
         ranks=peers,
         precision=chosen,
         sampler=sampler,
         local=local,
         constitution=constitution,
-        critic=critics.load_critic(config.critic, constitution),
+        critic=critic,
+        comparer=comparer,
         evaluator=LexiconCritic(constitution),
         start=origin,
         prompts=prompts,
         heldout=heldout,
         ds_config=ds_config,
     )
-    device = models.device().type
     job.say(
-        f"{config.method} {verb} in {path}: {peers.world} rank(s) on {device}, "
+        f"{config.method} {verb} in {path}: {peers.world} rank(s) on {models.device().type}, "
         f"{chosen.name} ({chosen.reason}), answers by {sampler.name} ({sampler.reason}), "
         + (f"DeepSpeed {config.ds_config}" if ds_config else "without DeepSpeed")
     )
@@ -177,6 +180,20 @@ def _check_reporting(names: Sequence[str]) -> None:
             )
         if name not in available:
             raise MissingError(f"--report_to {name} needs its library, which is not installed")
+
+
+def _critics(
+    config: Config, constitution: Constitution, run: Run, peers: ranks.Ranks
+) -> tuple[Critic, Comparer | None]:
+    """What scores answers, and what labels pairs in its place."""
+    judge = None
+    if config.judged:
+        journal = run.labels(peers.rank)
+        judge = judges.load(constitution, config.judge, journal=journal, shown=peers.main)
+    critic = critics.load_critic(
+        config.critic, constitution, judge=judge, agreement=config.min_agreement
+    )
+    return critic, judge if config.labels_pairs else None
 
 
 def _keep(run: Run, constitution: Constitution, asked: Mapping[str, Sequence[Prompt]]) -> None:

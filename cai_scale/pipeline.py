@@ -14,7 +14,8 @@ from cai_scale.errors import MissingError
 from cai_scale.evaluation import protocol
 from cai_scale.job import Job
 from cai_scale.methods import load_method
-from cai_scale.preferences.audit import require_enough
+from cai_scale.preferences.audit import audit_again, require_enough
+from cai_scale.preferences.limits import judge, require_sound
 from cai_scale.preferences.pairs import read_pairs
 from cai_scale.records import Answer, Pair, Response, read_json, write_json, write_jsonl
 from cai_scale.rollout.choose import Choice
@@ -61,6 +62,7 @@ def collect(job: Job, number: int) -> tuple[list[Answer], list[Pair]]:
                 config,
                 job.constitution,
                 job.critic,
+                job.comparer,
                 job.prompts,
                 responses,
                 files,
@@ -68,9 +70,17 @@ def collect(job: Job, number: int) -> tuple[list[Answer], list[Pair]]:
                 job.ranks,
             )
     with job.stage(of_round("pair", number)):
+        comparisons = None
+        if job.comparer is not None:
+            comparisons = results.comparisons(
+                config, job.constitution, job.comparer, job.prompts, responses, files, job.ranks
+            )
         if job.ranks.main and not files.pairs.exists():
-            pairs, figures = results.pairs(config, job.prompts, responses, scores)
+            pairs, figures, refused = results.pairs(
+                config, job.prompts, files, responses, scores, comparisons
+            )
             write_json(files.audit, figures)
+            write_jsonl(files.refused, refused)
             write_jsonl(files.pairs, pairs)
         ranks.wait_for(files.pairs)
     pairs = read_pairs(files.pairs)
@@ -84,7 +94,7 @@ def train(job: Job, number: int, answers: list[Answer], pairs: list[Pair]) -> No
     if into.product is not None:
         return
     if config.pairwise:
-        require_enough(pairs, config.batch_size, read_json(job.run.round(number).audit))
+        _require_sound(job, number, pairs)
     with job.stage(of_round("train", number)):
         load_method(config.method).train(
             Task(
@@ -108,6 +118,25 @@ def train(job: Job, number: int, answers: list[Answer], pairs: list[Pair]) -> No
     if job.ranks.main:  # a training that samples has left the base model's graph
         job.run.remove_policies()
     gc.collect()
+
+
+def _require_sound(job: Job, number: int, pairs: list[Pair]) -> None:
+    """Audit the pairs as they are stored: warn, or refuse to train on them."""
+    config, figures = job.config, read_json(job.run.round(number).audit)
+    require_enough(pairs, config.batch_size, figures)
+    # To ask the lexicon again costs nothing.
+    critic = job.critic if config.critic == "lexicon" else None
+    findings = judge(audit_again(figures, pairs, critic))
+    fatal = "refuse" if config.audit == "refuse" else None
+    for finding in findings:
+        if finding.level not in ("ok", fatal):
+            job.say(f"warning: {finding.text}")
+    if fatal:
+        require_sound(
+            findings,
+            f"mend the cause and begin anew with --overwrite, or train on them all the same with "
+            f"--resume --output {job.run.path} --audit warn",
+        )
 
 
 def evaluate(job: Job) -> None:

@@ -108,12 +108,14 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """An answer as it stands in a pair."""
+    """An answer as it stands in a pair; `principles` and `votes` are those of its `Score`."""
 
     text: str
     score: float
     temperature: float
     revised: bool
+    principles: Mapping[str, float] = field(default_factory=dict)
+    votes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

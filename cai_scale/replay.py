@@ -13,7 +13,16 @@ from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import CaiError, GateError
 from cai_scale.preferences.pairs import read_pairs
 from cai_scale.ranks import Ranks
-from cai_scale.records import Answer, Completion, Prompt, Response, Score, read_json, read_records
+from cai_scale.records import (
+    Answer,
+    Completion,
+    Preference,
+    Prompt,
+    Response,
+    Score,
+    read_json,
+    read_records,
+)
 from cai_scale.rollout.sampler import Request
 from cai_scale.runs import Run
 from cai_scale.training import references
@@ -80,11 +89,13 @@ class Replay:
         products = [files.revisions(n) for n in range(1, self.config.revisions + 1)]
         for product in (files.rollouts, *products):
             _require(product)
-            _require(files.scores(product))
+            if not self.config.labels_pairs:
+                _require(files.scores(product))
         return results.answers(
             self.config,
             self.constitution,
             _Stored(),
+            _Stored() if self.config.labels_pairs else None,
             self.prompts,
             self.rollouts(number),
             files,
@@ -125,7 +136,17 @@ class Replay:
 
     def pair(self, number: int) -> str:
         files = self.run.round(number)
-        pairs, figures = results.pairs(self.config, self.prompts, *self.revised(number))
+        _require(files.refused)
+        responses, scores = self.revised(number)
+        comparisons = None
+        if self.config.labels_pairs:
+            _require(files.comparisons(files.pairs))
+            comparisons = results.comparisons(
+                self.config, self.constitution, _Stored(), self.prompts, responses, files, Ranks()
+            )
+        pairs, figures, refused = results.pairs(
+            self.config, self.prompts, files, responses, scores, comparisons
+        )
         stored = read_pairs(files.pairs)
         if [p.prompt_id for p in pairs] != [p.prompt_id for p in stored]:
             raise GateError(
@@ -137,8 +158,16 @@ class Replay:
                 raise GateError(
                     f"the pair of prompt {pair.prompt_id} is not what the stored answers give"
                 )
+        rows = read_records(files.refused, dict)
+        if len(rows) != len(refused):
+            raise GateError(
+                f"refused.jsonl has {len(rows)} rows, and the stored answers give {len(refused)}"
+            )
+        _same(rows, refused, "refused.jsonl")
         _same(read_json(files.audit), figures, "audit.json")
-        return f"{len(pairs)} pairs and their audit, rebuilt from the answers"
+        return (
+            f"{len(pairs)} pairs, {len(refused)} refusals and the audit, rebuilt from the answers"
+        )
 
     def references(self, number: int) -> str:
         """They are of the pairs and of the base model; the numbers themselves need that model."""
@@ -182,6 +211,8 @@ class Replay:
 
     def _scored_again(self, product: Path) -> str:
         """The stored scores of stored answers are what the lexicon gives; it alone is at hand."""
+        if self.config.labels_pairs:
+            return "the judge compares pairs"
         if self.config.critic != "lexicon":
             return f"scores as {self.config.critic} gave them"
         text = {prompt.id: prompt.text for prompt in (*self.prompts, *self.heldout)}
@@ -206,6 +237,14 @@ class _Stored:
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
         raise GateError("the score of an answer is not stored")
+
+    def compare(
+        self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]
+    ) -> list[Preference]:
+        raise GateError("the verdict on two answers is not stored")
+
+    def why(self, prompt: str, response: str) -> str:
+        raise GateError("why an answer has no score is not stored")
 
     def sample(self, batches: Sequence[Sequence[Request]]) -> Iterator[tuple[Request, Completion]]:
         raise GateError(f"the answer to {batches[0][0].prompt_id} is not stored")

@@ -17,6 +17,13 @@ from cai_scale.records import checksums, read_json, replacing, write_json
 
 SCHEMA = 1
 ROOT = Path("runs")
+# Settings that a continued run may change: a server may have moved, a budget may be raised, and
+# the audit decides whether a run goes on, not how.
+MAY_CHANGE = (
+    "audit",
+    *("sampler_url", "judge_url", "judge_concurrency", "judge_deadline"),
+    *("judge_max_tokens", "judge_max_cost", "judge_prices"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,13 +78,28 @@ class Round(Trained):
         return tuple(takewhile(Path.exists, (self.revisions(n) for n in count(1))))
 
     @staticmethod
+    def critiques(revisions: Path) -> Path:
+        """What the policy found wanting before it wrote a file of revisions."""
+        return revisions.with_name(revisions.name.replace("revisions", "critiques"))
+
+    @staticmethod
     def scores(answers: Path) -> Path:
         """The critic's scores of a file of answers, row by row."""
         return answers.with_suffix(".scores.jsonl")
 
+    @staticmethod
+    def comparisons(of: Path) -> Path:
+        """A judge's verdicts on answers of a file, two together."""
+        return of.with_suffix(".comparisons.jsonl")
+
     @property
     def pairs(self) -> Path:
         return self.path / "pairs.jsonl"
+
+    @property
+    def refused(self) -> Path:
+        """A row for each answer, comparison and prompt that gave no pair, and why."""
+        return self.path / "refused.jsonl"
 
     @property
     def references(self) -> Path:
@@ -125,6 +147,13 @@ class Run(Trained):
         """Remove exported policies, those too that a killed start left."""
         for folder in self.path.glob(".policy-*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def labels(self, rank: int = 0) -> Path:
+        """The journal of a rank's judge: see `critics.judge.journal`."""
+        return self.path / ("labels.sqlite" if rank == 0 else f"labels-{rank}.sqlite")
+
+    def all_labels(self) -> tuple[Path, ...]:
+        return tuple(sorted(self.path.glob("labels*.sqlite")))
 
     @property
     def costs(self) -> Path:
@@ -289,8 +318,9 @@ def _same(run: Run, record: Mapping[str, Any]) -> None:
     """A run continues only with what it was started with; where it ran may differ."""
     before = run.record
     now = json.loads(json.dumps(record))
-    for part in (before, now):  # a server may have moved
-        part["settings"].pop("sampler_url", None)
+    for part in (before, now):
+        for name in MAY_CHANGE:
+            part["settings"].pop(name, None)
     parts = ["settings", "constitution", "weights", "prompts", "precision", "sampler", "ds_config"]
     parts += ["critic", "start"]
     if any(run.path.rglob("checkpoint-*")) and run.product is None:

@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cai_scale import config as settings
 from cai_scale import constitution as constitutions
 from cai_scale import prompts as prompt_files
 from cai_scale import results, runs
 from cai_scale.commands import Parser
 from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import ConfigError, MissingError
-from cai_scale.preferences.pairs import build_pairs, read_pairs
+from cai_scale.preferences.pairs import read_pairs
 from cai_scale.records import Prompt, Response, Score, read_json, read_records
 from cai_scale.rollout.revise import better, sample_of
 from cai_scale.runs import Round, Run
@@ -109,13 +108,12 @@ def as_text(found: dict[str, Any]) -> str:
 
 def _training(run: Run, prompt: Prompt, critic: LexiconCritic, number: int) -> dict[str, Any]:
     files = run.round(number)
-    margin = settings.from_dict(run.settings(), str(run.config)).margin
     given = list(_with_scores(files, files.rollouts, prompt.id))
     samples = {r.sample: {**_shown(r, score, critic), "revisions": []} for r, score in given}
     best = {response.sample: (response, score) for response, score in given}
     for file in files.all_revisions():
         for revision, score in _with_scores(files, file, prompt.id):
-            sample = sample_of(revision)
+            sample = sample_of(revision.sample)
             wins = better(score, best[sample][1])
             if wins:
                 best[sample] = (revision, score)
@@ -129,11 +127,15 @@ def _training(run: Run, prompt: Prompt, critic: LexiconCritic, number: int) -> d
             "gap": round(pair.chosen.score - pair.rejected.score, 9),
         }
         if pair is None:
-            answers, scores = zip(*best.values(), strict=True)
-            _, account = build_pairs([prompt], answers, scores, margin=margin)
-            reason = next(key for key, count in account["unpaired"].items() if count)
-            found["unpaired"] = reason.replace("_", " ")
+            found["unpaired"] = _unpaired(files, prompt.id)
     return found
+
+
+def _unpaired(files: Round, prompt_id: str) -> str:
+    """Why a prompt has no pair: what its row says, which comes after those of its answers."""
+    refused = read_records(files.refused, dict) if files.refused.is_file() else []
+    kinds = [row["refused"] for row in refused if row["prompt_id"] == prompt_id]
+    return str(kinds[-1]).replace("_", " ") if kinds else "not recorded"
 
 
 def _evaluation(run: Run, prompt: Prompt, critic: LexiconCritic) -> dict[str, Any]:
@@ -206,7 +208,8 @@ def _answer(title: str, answer: dict[str, Any]) -> list[str]:
         parts = [f"{key} {value:.2f}" for key, value in score["principles"].items()]
         shown = f"{score['overall']:.4f} ({', '.join(parts)})"
     else:
-        shown = "no score: empty" if score is None else f"{score:.4f}"
+        none = "no score" if answer["text"].strip() else "no score: empty"
+        shown = none if score is None else f"{score:.4f}"
     title = f"{title}  T {answer['temperature']:g}  {shown}"
     lines = [wrapped(title, "  ", "      "), wrapped(answer["text"], "    ")]
     if answer.get("words"):

@@ -8,24 +8,30 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cai_scale"
 
 # Which packages each may import, beside the modules that hold data and errors.
-COMMON = {"errors", "records", "runs", "ranks", "config", "constitution"}
+COMMON = {
+    *("errors", "records", "runs", "ranks", "config", "constitution"),
+    *("commands", "endpoint", "terminal"),
+}
 ALLOWED = {
     "constitution": set(),
     "critics": set(),
     "prompts": set(),
-    "rollout": {"critics", "runtime", "commands"},
-    "preferences": set(),
+    "rollout": {"critics", "runtime"},
+    "preferences": {"critics"},
     # A task brings a critic and samplers along; methods that sample while they train use them.
     "training": {"critics", "rollout"},
     "methods": {"training"},
     "evaluation": {"runtime"},
-    "runtime": {"critics", "commands"},
+    "runtime": {"critics"},
 }
 # A reward model as a critic runs what was trained, or a bundle's; only it does, and nothing that
 # these two import imports it.
 ALSO = {
-    "critics/reward.py": {"training", "runtime", "commands"},
+    "critics/reward.py": {"training", "runtime"},
     "critics/reading.py": {"training", "runtime"},
+    # A judge in this process is a model that answers.
+    "critics/judge/__init__.py": {"training"},
+    "critics/judge/local.py": {"training", "rollout"},
 }
 
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
+from cai_scale import endpoint as server
 from cai_scale.errors import CaiError, ConfigError, ServerError
 from cai_scale.ranks import Ranks
 from cai_scale.records import Completion, sha256
-from cai_scale.rollout import remote, server
+from cai_scale.rollout import remote
 from cai_scale.rollout.choose import choose
 from cai_scale.rollout.collect import collect
 from cai_scale.rollout.remote import RemoteSampler, seed_of
@@ -270,6 +271,7 @@ def test_retry_after_is_honoured() -> None:
 
 def test_what_retry_after_says() -> None:
     assert server._seconds("7") == 7
+    assert server._seconds("0.25") == 0.25
     soon = server._seconds(formatdate(time.time() + 30, usegmt=True))
     assert soon is not None
     assert 28 <= soon <= 30
@@ -536,7 +538,7 @@ def test_a_server_that_cannot_serve_is_named_before_anything_is_loaded() -> None
 
 
 def test_a_server_that_says_nothing_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "CHECK_SECONDS", 0.2)
+    monkeypatch.setattr(server, "CHECK_SECONDS", 0.2)
     with scripted(lambda path, body: time.sleep(1)) as fake:
         text = complaint(ServerError, lambda: remote.check(fake.url, "base"))
     assert "timed out" in text.lower()

@@ -66,7 +66,7 @@ class Reviser:
             yield from ((request, Completion(text, 9, True)) for request in batch)
 
 
-def run(tmp_path: Path, first: str, reviser: Reviser, **rules: Any) -> Response:
+def run(tmp_path: Path, first: str, reviser: Reviser, prefer: Any = None, **rules: Any) -> Response:
     prompt = Prompt(id="p", messages=({"role": "user", "content": "Why tides?"},))
     response = Response(
         prompt_id="p", sample=2, round=1, temperature=0.7, text=first, tokens=3, finished=True
@@ -74,6 +74,7 @@ def run(tmp_path: Path, first: str, reviser: Reviser, **rules: Any) -> Response:
     (best,), (given,) = revise(
         reviser,
         lambda responses, _: CRITIC.score([""] * len(responses), [r.text for r in responses]),
+        prefer,
         CONSTITUTION,
         [prompt],
         [response],
@@ -120,3 +121,42 @@ def test_an_empty_answer_is_asked_again_in_one_message(tmp_path: Path) -> None:
     assert run(tmp_path, "", reviser).text == GOOD
     (message,) = reviser.asked[0].messages
     assert message["content"].startswith("Why tides?")
+
+
+def test_a_critique_comes_before_its_revision(tmp_path: Path) -> None:
+    reviser = Reviser("It says too little.", GOOD + " A tip.", "Nothing is amiss.", "A useful tip.")
+    best = run(tmp_path, GOOD, reviser, tries=2, critique=True)
+    assert best.text == "A useful tip."
+    critique, revision, again, _ = reviser.asked
+    principles = [
+        next(
+            p.id for p in CONSTITUTION.principles if p.statement["en"] in ask.messages[2]["content"]
+        )
+        for ask in (critique, again)
+    ]
+    assert len(set(principles)) == 2  # another one at each try
+    asks = [m["content"] for m in revision.messages]
+    assert asks[:4] == ["Why tides?", GOOD, critique.messages[2]["content"], "It says too little."]
+    assert asks[2].startswith("Point out where the answer above falls short")
+    assert asks[4].startswith("Please answer the question again so that")
+    assert again.messages[1]["content"] == GOOD + " A tip."
+    assert len({ask.sample for ask in reviser.asked} | {2}) == 5  # random numbers of their own
+    files = Round(tmp_path)
+    assert [files.critiques(file).name for file in files.all_revisions()] == [
+        "critiques.jsonl",
+        "critiques-2.jsonl",
+    ]
+    assert all(files.critiques(file).is_file() for file in files.all_revisions())
+
+
+def test_a_comparer_says_whether_a_revision_is_better(tmp_path: Path) -> None:
+    """It overrules the scores, in both directions."""
+    asked = []
+
+    def prefer(new: Sequence[Response], old: Sequence[Response], _: Path) -> list[bool]:
+        asked.extend((n.text, o.text) for n, o in zip(new, old, strict=True))
+        return [n.text.startswith("Worse") for n in new]
+
+    assert run(tmp_path / "a", "Useful.", Reviser("Worse."), prefer).text == "Worse."
+    assert run(tmp_path / "b", "Moon.", Reviser("A useful tip."), prefer).text == "Moon."
+    assert asked == [("Worse.", "Useful."), ("A useful tip.", "Moon.")]

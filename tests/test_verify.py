@@ -196,6 +196,12 @@ def raised(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ("rounds/1/pairs.jsonl", swap, "pair", "the pair of prompt"),
         ("rounds/1/pairs.jsonl", lambda rows: rows[1:], "pair", "pairs"),
         ("rounds/1/audit.json", lambda a: a | {"mean_gap": 0.5}, "pair", "audit.json: mean_gap"),
+        (
+            "rounds/1/refused.jsonl",
+            lambda rows: [*rows, {"prompt_id": "x", "refused": "under_margin", "why": "no gap"}],
+            "pair",
+            "refused.jsonl has",
+        ),
         ("rounds/1/rollouts.jsonl", lambda rows: rows[1:], "rollout", "answers"),
         ("rounds/1/revisions.jsonl", lambda rows: rows[::-1], "revise", "answers"),
         ("evaluation/after.jsonl", text_of(0, "a c n a c n"), "summary", "summary.json"),

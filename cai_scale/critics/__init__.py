@@ -1,16 +1,23 @@
 """Critics: a prompt and a response go in, a score in [0, 1] per principle comes out."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cai_scale.constitution import Constitution
 from cai_scale.errors import ConfigError
 from cai_scale.records import Preference, Score
 
-NAMES = ("lexicon", "reward:PATH")
+if TYPE_CHECKING:
+    from cai_scale.critics.judge import Judge, Settings
+
+NAMES = ("lexicon", "judge", "reward:PATH")
+JUDGE = "judge"
 
 
+# Why there is no score, or no preference: what the audit counts by itself begins so.
 EMPTY = "empty answer"
+INVALID = "no valid reply"
+DISAGREE = "the orders disagree"
 
 
 class Critic(Protocol):
@@ -39,13 +46,22 @@ class Comparer(Protocol):
         ...
 
 
-def load_critic(name: str, constitution: Constitution, model: str | None = None) -> Critic:
+def load_critic(
+    name: str,
+    constitution: Constitution,
+    model: str | None = None,
+    *,
+    judge: "Judge | None" = None,
+    agreement: float = 0.0,
+) -> Critic:
     """The critic of that name, guarded; its weights are loaded when it first scores.
 
     Args:
-        name: "lexicon"; "reward:PATH", a reward model's run, its folder, or a bundle that has
-            one; or several with weights, such as "lexicon*0.5+reward:PATH*0.5".
+        name: "lexicon"; "judge"; "reward:PATH", a reward model's run, its folder, or a bundle
+            that has one; or several with weights, such as "lexicon*0.5+reward:PATH*0.5".
         model: the policy's; a reward model must read text as it does.
+        judge: what "judge" stands for.
+        agreement: see `WeightedCritic`.
 
     Raises:
         CaiError: there is no such critic, or it does not fit the constitution or the policy.
@@ -53,33 +69,52 @@ def load_critic(name: str, constitution: Constitution, model: str | None = None)
     from cai_scale.critics.guard import Checked
     from cai_scale.critics.weighted import WeightedCritic, parse
 
-    parts = [(_load(part, constitution, model), weight) for part, weight in parse(name)]
-    return Checked(parts[0][0] if len(parts) == 1 else WeightedCritic(name, parts))
+    parts = [(_load(part, constitution, model, judge), weight) for part, weight in parse(name)]
+    return Checked(parts[0][0] if len(parts) == 1 else WeightedCritic(name, parts, agreement))
 
 
-def check(name: str, constitution: Constitution, model: str | None = None) -> None:
-    """Complain about a critic without loading its weights; arguments and errors are those of
-    `load_critic`."""
-    load_critic(name, constitution, model)
+def check(name: str, constitution: Constitution, model: str | None, judge: "Settings") -> None:
+    """Complain about a critic without loading its weights.
+
+    Args:
+        judge: the settings of a judge, which is asked for where `name` has one.
+
+    Raises:
+        CaiError: as `load_critic`; or a judge cannot be asked.
+    """
+    from cai_scale.critics.weighted import parse
+
+    for part, _ in parse(name):
+        if part == JUDGE:
+            from cai_scale.critics.judge import check
+
+            check(judge)
+        else:
+            _load(part, constitution, model, None)
 
 
 def identity(name: str) -> dict[str, str]:
-    """The SHA-256 of each reward model in a critic, by its name; the lexicon is the constitution's.
+    """The SHA-256 of each reward model in a critic, by its name; the lexicon is the constitution's,
+    and a judge is what the settings say.
 
     Raises:
         CaiError: there is no such critic, or its files are missing.
     """
     from cai_scale.critics.weighted import parse
 
-    return {part: _identity(part) for part, _ in parse(name) if part != "lexicon"}
+    return {part: _identity(part) for part, _ in parse(name) if part not in ("lexicon", JUDGE)}
 
 
-def _load(name: str, constitution: Constitution, model: str | None) -> Critic:
+def _load(
+    name: str, constitution: Constitution, model: str | None, judge: "Judge | None"
+) -> Critic:
     kind, _, path = name.partition(":")
     if name == "lexicon":
         from cai_scale.critics.lexicon import LexiconCritic
 
         return LexiconCritic(constitution)
+    if name == JUDGE and judge is not None:
+        return judge
     if kind == "reward" and path:
         from cai_scale.critics.reward import load
 

@@ -12,12 +12,13 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True, kw_only=True)
 class RevisionRules:
-    """When to ask again (the source's rules), and how often at most."""
+    """When to ask again (the source's rules), and how often at most; with `critique`, always."""
 
     min_words: int = 10
     min_distinct: float = 0.5
     floor: float = 0.5
     tries: int = 1
+    critique: bool = False
 
 
 def complaint(

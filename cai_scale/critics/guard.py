@@ -1,6 +1,6 @@
 """A guard for every critic: what it says is a score in [0, 1] for each response, or an error."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cai_scale.critics import Critic
 from cai_scale.errors import DataError
@@ -13,6 +13,12 @@ class Checked:
     def __init__(self, critic: Critic) -> None:
         self.critic = critic
         self.name = critic.name
+
+    @property
+    def spent(self) -> Mapping[str, float]:
+        """What the critic has cost, where it counts that."""
+        found: Mapping[str, float] = getattr(self.critic, "spent", {})
+        return found
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
         """What the critic says.

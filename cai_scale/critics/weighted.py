@@ -9,7 +9,7 @@ from cai_scale.errors import ConfigError
 from cai_scale.records import Score
 
 # A plus or a star may stand in a path: only before a critic's name, or a number, does it count.
-_PLUS = re.compile(r"\+(?=lexicon|reward:)")
+_PLUS = re.compile(r"\+(?=lexicon|judge|reward:)")
 _TIMES = re.compile(r"(.+)\*(-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|-?inf)")
 
 
@@ -61,6 +61,15 @@ class WeightedCritic:
             if critic.score([prompt], [response]) == [None]:
                 return f"{critic.name}: {critic.why(prompt, response)}"
         return "the critics disagree"
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """What the critics have cost, of those that count that."""
+        total: dict[str, float] = {}
+        for critic, _ in self.parts:
+            for name, value in getattr(critic, "spent", {}).items():
+                total[name] = total.get(name, 0) + value
+        return total
 
     def _mean(self, scores: Sequence[Score | None]) -> Score | None:
         given = [

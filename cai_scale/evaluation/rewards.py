@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cai_scale.constitution import Constitution
-from cai_scale.evaluation.statistics import pearson, spearman
+from cai_scale.evaluation.statistics import pearson, rounded, spearman
 from cai_scale.records import Answer
 
 BINS = 10
@@ -93,9 +93,9 @@ def _figures(
         bins = _bins(np.clip(predicted, 0.0, 1.0), critic)
     return {
         "pairs": len(gaps),
-        "accuracy": _rounded(right.mean()) if len(right) else None,
-        "spearman": _rounded(spearman(predicted, critic)),
-        "pearson": _rounded(pearson(predicted, critic)),
+        "accuracy": rounded(right.mean()) if len(right) else None,
+        "spearman": rounded(spearman(predicted, critic)),
+        "pearson": rounded(pearson(predicted, critic)),
         "ece": _calibration_error(bins),
         "bins": bins,
     }
@@ -107,8 +107,8 @@ def _bins(predicted: Floats, observed: Floats) -> list[dict[str, Any]]:
     return [
         {
             "n": len(bin),
-            "predicted": _rounded(predicted[bin].mean()),
-            "critic": _rounded(observed[bin].mean()),
+            "predicted": rounded(predicted[bin].mean()),
+            "critic": rounded(observed[bin].mean()),
         }
         for bin in np.array_split(order, BINS)
         if len(bin)
@@ -119,7 +119,7 @@ def _calibration_error(bins: Sequence[Mapping[str, Any]]) -> float | None:
     if not bins:
         return None
     total = sum(bin["n"] for bin in bins)
-    return _rounded(sum(bin["n"] * abs(bin["predicted"] - bin["critic"]) for bin in bins) / total)
+    return rounded(sum(bin["n"] * abs(bin["predicted"] - bin["critic"]) for bin in bins) / total)
 
 
 def _pairs(answers: Sequence[Answer]) -> NDArray[np.int64]:
@@ -134,11 +134,6 @@ def _pairs(answers: Sequence[Answer]) -> NDArray[np.int64]:
 def _critic(answers: Sequence[Answer], label: str) -> Floats:
     scores = [answer.score for answer in answers]
     return np.array([s.overall if label == "overall" else s.principles[label] for s in scores])
-
-
-def _rounded(value: float) -> float | None:
-    """Six decimals; None for NaN, which JSON does not have."""
-    return None if np.isnan(value) else round(float(value), 6)
 
 
 def _shown(value: float | None) -> str:

@@ -6,7 +6,7 @@ from functools import cache, cached_property
 from typing import Protocol
 
 from cai_scale.constitution import Constitution, Principle
-from cai_scale.critics import EMPTY
+from cai_scale.critics import DISAGREE, EMPTY
 from cai_scale.critics.judge import questions
 from cai_scale.critics.judge.budget import Budget
 from cai_scale.critics.judge.journal import Journal, Subject, Verdict, digest
@@ -15,7 +15,6 @@ from cai_scale.critics.judge.settings import Settings
 from cai_scale.records import Preference, Score, canonical
 from cai_scale.terminal import progress_bar
 
-DISAGREE = "the orders disagree"
 # Reasoning makes a model too sure of its letter: Bai et al. 2022 (arXiv 2212.08073, section 4.1)
 # clamp its probability to this range.
 THOUGHT_RANGE = (0.4, 0.6)
@@ -62,13 +61,16 @@ class Judge:
         self.name = name
         self.constitution, self.settings, self.model = constitution, settings, model
         self.journal, self.shown = journal, shown
-        self.budget = Budget(
-            tokens=settings.max_tokens,
-            money=settings.max_cost,
-            prices=settings.prices,
-            spent=journal.spent,
-        )
         self._template = cache(self._template_of)
+
+    @cached_property
+    def budget(self) -> Budget:
+        return Budget(
+            tokens=self.settings.max_tokens,
+            money=self.settings.max_cost,
+            prices=self.settings.prices,
+            spent=self.journal.spent(),
+        )
 
     @property
     def _one_by_one(self) -> bool:
@@ -76,14 +78,14 @@ class Judge:
         return self.settings.mode == "logprob" and self.settings.principles == "all"
 
     @property
-    def spent(self) -> dict[str, float | None]:
-        """Calls, tokens and money so far, those of earlier starts too."""
-        spent = self.budget.spent
+    def spent(self) -> dict[str, float]:
+        """Calls, tokens and, where prices are given, money; those of earlier starts too."""
+        spent, money = self.budget.spent, self.budget.money
         return {
             "calls": spent.calls,
-            "tokens_in": spent.tokens_in,
-            "tokens_out": spent.tokens_out,
-            "money": self.budget.money,
+            "prompt_tokens": spent.tokens_in,
+            "completion_tokens": spent.tokens_out,
+            **({} if money is None else {"money": money}),
         }
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
@@ -245,4 +247,7 @@ class Judge:
 
         with progress_bar(self.shown) as bar:
             task = bar.add_task("judging", total=total, rate="")
-            self.model.ask(new(), settle, self.budget)
+            try:
+                self.model.ask(new(), settle, self.budget)
+            finally:
+                self.journal.flush()

@@ -10,6 +10,7 @@ import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from cai_scale.errors import DataError
@@ -87,25 +88,25 @@ class Journal:
     """Verdicts by key. One process writes it at a time; without a path it is kept in memory."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """
-        Raises:
-            DataError: the file is not a journal, or cannot be opened.
-        """
+        """The file is opened at the first use; a `DataError` then says that it is no journal."""
         self.path = path
+
+    @cached_property
+    def _file(self) -> sqlite3.Connection:
         try:
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = sqlite3.connect(self.path or ":memory:", isolation_level=None, timeout=60)
             # Each verdict is committed by itself: a killed process loses none. The log beside the
             # file makes that cheap; only a power cut can take the last ones.
-            self._file = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=60)
-            self._file.execute("PRAGMA journal_mode=WAL")
-            self._file.execute("PRAGMA synchronous=NORMAL")
-            self._file.execute(_TABLE)
-            self._spent = self._sum()
+            file.execute("PRAGMA journal_mode=WAL")
+            file.execute("PRAGMA synchronous=NORMAL")
+            file.execute(_TABLE)
         except (sqlite3.Error, OSError) as error:
             raise DataError(
-                f"{path} cannot be used as the journal of a judge ({error}); name another file"
+                f"{self.path} cannot be used as the journal of a judge ({error}); name another file"
             ) from None
+        return file
 
     def get(self, subject: Subject) -> Verdict | None:
         """The verdict on a subject; None where it has not been given."""
@@ -126,9 +127,8 @@ class Journal:
         Raises:
             DataError: the file cannot be written.
         """
-        spent = verdict.spent
         values = None if verdict.values is None else json.dumps(dict(verdict.values))
-        counts = (spent.calls, spent.tokens_in, spent.tokens_out)
+        counts = astuple(verdict.spent)
         try:
             self._file.execute(
                 "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -136,17 +136,15 @@ class Journal:
             )
         except sqlite3.Error as error:
             raise DataError(f"{self.path} cannot be written ({error}); free some space") from None
-        self._spent += spent
 
-    @property
-    def spent(self) -> Spent:
-        """What all verdicts in the journal took, those of earlier starts too."""
-        return self._spent
+    def flush(self) -> None:
+        """Bring everything from the log into the one file."""
+        self._file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
-        """Bring everything into the one file."""
         self._file.close()
 
-    def _sum(self) -> Spent:
+    def spent(self) -> Spent:
+        """What all verdicts in the journal took."""
         query = "SELECT sum(calls), sum(tokens_in), sum(tokens_out) FROM verdicts"
         return Spent(*(int(value or 0) for value in self._file.execute(query).fetchone()))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+from cai_scale.critics import INVALID
 from cai_scale.critics.judge import verdict
 from cai_scale.critics.judge.budget import Budget
 from cai_scale.critics.judge.journal import NOTHING, Spent, Subject, Verdict
@@ -62,7 +63,7 @@ class LocalModel:
                     if tries + 1 < REPLIES:
                         again.append(index)
                     else:
-                        why = f"no valid reply ({error})"
+                        why = f"{INVALID} ({error})"
                         settled.append((subject, Verdict(None, why, spent[index])))
             left = again
             if not left:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cai_scale import endpoint
+from cai_scale.critics import INVALID
 from cai_scale.critics.judge import verdict
 from cai_scale.critics.judge.budget import Budget
 from cai_scale.critics.judge.journal import Spent, Subject, Verdict
@@ -105,7 +106,9 @@ class RemoteModel:
                 asked.trouble = str(error)
                 asked.invalid += 1
                 if asked.invalid == REPLIES:
-                    return Verdict(None, f"no valid reply ({error})", asked.spent)
+                    if question.kind == "choose" and not self._dialect.understood:
+                        raise self._no_letters(asked.trouble) from None
+                    return Verdict(None, f"{INVALID} ({error})", asked.spent)
             except TimeoutError:
                 asked.trouble = "it is slow"
             except OpenAIError as error:
@@ -137,8 +140,6 @@ class RemoteModel:
                 ]
             form = {"logprobs": True, "top_logprobs": TOP_LOGPROBS, "max_tokens": 1}
             choice = await self._post(client, messages, asked, form)
-            if not (choice.get("logprobs") or self._dialect.understood):
-                raise self._no_letters("it leaves them out")
             values = {question.ids[0]: verdict.probability(_first_token(choice))}
         else:
             schema = {"name": "verdict", "strict": True, "schema": question.schema}
@@ -166,7 +167,12 @@ class RemoteModel:
             **form,
         }
         # As plain JSON: to build the library's own types takes as long as all the rest.
-        reply = await client.post("/chat/completions", cast_to=object, body=self._dialect.of(body))
+        try:
+            reply = await client.post(
+                "/chat/completions", cast_to=object, body=self._dialect.of(body)
+            )
+        except ValueError:  # of the JSON
+            raise DataError("the reply is not JSON") from None
         spent, choice = _read(reply)
         asked.add(spent)
         return choice

@@ -53,13 +53,15 @@ def probability(first_token: Mapping[str, float]) -> float:
     section 3.1, the probabilities of the option tokens are normalised).
 
     Raises:
-        DataError: hardly any probability lies on A and B.
+        DataError: hardly any probability lies on A and B, or what is listed is no probability.
     """
+    if not all(value <= 1e-3 for value in first_token.values()):  # so that a NaN fails
+        raise DataError("the reply's log-probabilities are none")
     mass = dict.fromkeys(OPTIONS, 0.0)
     for token, log_probability in first_token.items():
         letter = token.strip(' \n"*(').upper()
         if letter in mass:
-            mass[letter] += exp(min(log_probability, 0.0))
+            mass[letter] += exp(log_probability)
     total = sum(mass.values())
     if not total >= LEAST_MASS:
         raise DataError("the reply begins with neither A nor B")
