@@ -10,7 +10,7 @@ from cai_scale.critics import DISAGREE, EMPTY
 from cai_scale.critics.judge import questions
 from cai_scale.critics.judge.budget import Budget
 from cai_scale.critics.judge.journal import Journal, Subject, Verdict, digest
-from cai_scale.critics.judge.questions import Question
+from cai_scale.critics.judge.questions import Question, blank
 from cai_scale.critics.judge.settings import Settings
 from cai_scale.records import Preference, Score, canonical
 from cai_scale.terminal import progress_bar
@@ -96,12 +96,12 @@ class Judge:
             BudgetError: the budget is spent. In both cases the verdicts so far are kept.
         """
         given = list(zip(prompts, responses, strict=True))
-        full = [one for one in given if one[1].strip()]
+        full = [one for one in given if not blank(one[1])]
         self._settle((self._rating(*one) for one in full), len(full))
         return [self._score(*one) for one in given]
 
     def why(self, prompt: str, response: str) -> str:
-        if not response.strip():
+        if blank(response):
             return EMPTY
         found = self.journal.get(self._rating(prompt, response)[0])
         return found.why if found else "not judged"
@@ -117,7 +117,7 @@ class Judge:
         return [self._preference(*two) for two in given]
 
     def _score(self, prompt: str, response: str) -> Score | None:
-        if not response.strip():
+        if blank(response):
             return None
         found = self.journal.get(self._rating(prompt, response)[0])
         if found is None or found.values is None:
@@ -126,7 +126,7 @@ class Judge:
         return Score(values, round(self.constitution.overall(values), 9))
 
     def _preference(self, prompt: str, first: str, second: str) -> Preference:
-        if not (first.strip() and second.strip()):
+        if blank(first) or blank(second):
             return Preference(None, EMPTY)
         if first == second:
             return Preference(0.0, "the same answer")
@@ -165,7 +165,7 @@ class Judge:
         self, prompt: str, first: str, second: str
     ) -> Iterator[tuple[tuple[Subject, Question], tuple[Subject, Question]]]:
         """What is asked about two answers: in this order, and in the other."""
-        if not (first.strip() and second.strip()) or first == second:
+        if blank(first) or blank(second) or first == second:
             return
         chosen = self._principles(prompt, first, second)
         groups = [[p] for p in chosen] if self.settings.mode == "logprob" else [chosen]

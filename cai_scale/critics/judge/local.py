@@ -9,7 +9,7 @@ from cai_scale.critics import INVALID
 from cai_scale.critics.judge import verdict
 from cai_scale.critics.judge.budget import Budget
 from cai_scale.critics.judge.journal import NOTHING, Spent, Subject, Verdict
-from cai_scale.critics.judge.questions import Question
+from cai_scale.critics.judge.questions import Question, fenced
 from cai_scale.errors import DataError
 from cai_scale.records import Message
 from cai_scale.rollout.sampler import Request, TransformersSampler
@@ -80,7 +80,7 @@ class LocalModel:
             if question.kind == "choose":
                 messages = list(question.messages)
                 if question.settle is not None:
-                    messages.append({"role": "assistant", "content": text})
+                    messages.append({"role": "assistant", "content": fenced(text)})
                     messages.append({"role": "user", "content": question.settle})
                 count, reply = self._first_token(messages)
                 spent += Spent(1, count, 1)

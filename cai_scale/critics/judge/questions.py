@@ -168,6 +168,11 @@ def fenced(text: str) -> str:
     return _LABEL.sub(lambda match: match[1] + match[2] + _entity(match[3]), escaped)
 
 
+def blank(text: str) -> bool:
+    """Whether there is nothing to be seen of a text."""
+    return not _UNSEEN.sub("", text).strip()
+
+
 def _entity(letter: str) -> str:
     return _NAMED.get(letter, f"&#{ord(letter)};")
 

@@ -14,7 +14,7 @@ from cai_scale.critics import INVALID
 from cai_scale.critics.judge import verdict
 from cai_scale.critics.judge.budget import Budget
 from cai_scale.critics.judge.journal import Spent, Subject, Verdict
-from cai_scale.critics.judge.questions import Question
+from cai_scale.critics.judge.questions import Question, fenced
 from cai_scale.errors import DataError, ServerError
 from cai_scale.records import Message
 
@@ -135,7 +135,7 @@ class RemoteModel:
             if question.settle is not None:
                 thought = await self._post(client, messages, asked, {})
                 messages += [
-                    {"role": "assistant", "content": thought["message"]["content"]},
+                    {"role": "assistant", "content": fenced(thought["message"]["content"])},
                     {"role": "user", "content": question.settle},
                 ]
             letter = {"logprobs": True, "top_logprobs": TOP_LOGPROBS, "max_tokens": 1}

@@ -81,7 +81,8 @@ def _object(reply: str, ids: Sequence[str]) -> dict[str, Any]:
         raise DataError("the reply is not JSON") from None
     if not isinstance(value, dict):
         raise DataError("the reply is no JSON object")
-    value.pop(REASONING, None)
+    if isinstance(value.get(REASONING), str):
+        del value[REASONING]
     if value.keys() != set(ids):
         raise DataError("the reply has other keys than were asked for")
     return {key: value[key] for key in ids}
