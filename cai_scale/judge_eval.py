@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         "data_sha256": sha256(options.data),
         "critic": critic.name,
         "constitution": constitution.sha256,
-        **agreement(pairs, preferences, compares=hasattr(critic, "compare")),
+        **agreement(pairs, preferences, compares=isinstance(critic, Comparer)),
         "cost": cost(critic, seconds),
     }
     if options.rows:
@@ -97,7 +97,7 @@ def ask(critic: Critic | Comparer, pairs: Sequence[LabelledPair]) -> list[Prefer
     Raises:
         DataError: a comparer gave too few or too many preferences, or one outside [-1, 1].
     """
-    if hasattr(critic, "compare"):
+    if isinstance(critic, Comparer):
         return _compared(critic, pairs)
     prompts = [pair.prompt for pair in pairs for _ in range(2)]
     responses = [answer for pair in pairs for answer in (pair.first, pair.second)]
@@ -238,12 +238,12 @@ def _sections(summary: Mapping[str, Any]) -> Iterator[dict[str, Mapping[str, Any
     disagree = position["orders_disagree"]
     yield {
         "prefers the answer shown first": position["prefers_first"],
-        "the labels do": position["chosen_first"],
+        "the chosen is shown first": position["chosen_first"],
         **({"the orders disagree": disagree} if disagree else {}),
     }
     yield {
         "prefers the longer answer": length["prefers_longer"],
-        "the labels do": length["chosen_longer"],
+        "the chosen is longer": length["chosen_longer"],
         "right where the chosen is longer": length["accuracy_longer"],
         "right where the chosen is shorter": length["accuracy_shorter"],
     }

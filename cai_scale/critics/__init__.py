@@ -1,7 +1,7 @@
 """Critics: a prompt and a response go in, a score in [0, 1] per principle comes out."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cai_scale.constitution import Constitution
 from cai_scale.errors import ConfigError
@@ -27,6 +27,7 @@ class Critic(Protocol):
         ...
 
 
+@runtime_checkable
 class Comparer(Protocol):
     """Says which of two responses to a prompt is better."""
 
