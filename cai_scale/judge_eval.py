@@ -228,12 +228,12 @@ def _sections(summary: Mapping[str, Any]) -> Iterator[dict[str, Mapping[str, Any
     disagree = position["orders_disagree"]
     yield {
         "prefers the answer shown first": position["prefers_first"],
-        "the labels do": position["chosen_first"],
+        "the chosen is shown first": position["chosen_first"],
         **({"the orders disagree": disagree} if disagree else {}),
     }
     yield {
         "prefers the longer answer": length["prefers_longer"],
-        "the labels do": length["chosen_longer"],
+        "the chosen is longer": length["chosen_longer"],
         "right where the chosen is longer": length["accuracy_longer"],
         "right where the chosen is shorter": length["accuracy_shorter"],
     }

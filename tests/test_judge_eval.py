@@ -98,7 +98,7 @@ def pairs(tmp_path: Path) -> list[LabelledPair]:
 
 
 def figures(critic: Critic | Comparer, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
-    found = agreement(pairs, ask(critic, pairs), compares=isinstance(critic, Judge))
+    found = agreement(pairs, ask(critic, pairs), compares=isinstance(critic, Comparer))
     json.dumps(found, allow_nan=False)
     return found
 
@@ -379,7 +379,7 @@ def test_the_command(tmp_path: Path) -> None:
     # 2 of 3: (2 + 1.92073 ± 1.95996 √(2 · 1 ÷ 3 + .96036)) ÷ (3 + 3.84146)
     assert summary["accuracy"]["decided"]["ci95"] == pytest.approx([0.20766, 0.938508], abs=2e-5)
     assert summary["accuracy"]["all"]["share"] == 0.6
-    assert summary["cost"]["seconds"] > 0
+    assert list(summary["cost"]) == ["seconds"]
     rows = [record for _, record in read_jsonl(tmp_path / "rows.jsonl")]
     assert [(row["id"], row["verdict"]) for row in rows] == [
         ("one", "right"),
