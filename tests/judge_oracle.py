@@ -73,7 +73,8 @@ def reply(question: Question, *, spaced: bool = False, opposite: bool = False) -
     """The truth, or its opposite, in the form that is asked for: an object, a letter or words.
 
     Args:
-        spaced: "A" and " A" share the probability of a letter.
+        spaced: "A" and " A" share the probability of a letter, unlike "B" and " B": who reads one
+            spelling alone reads another probability.
     """
     if question.keys:
         return Reply(json.dumps(verdict(question, opposite=opposite)))
@@ -135,9 +136,8 @@ def _letter(question: Question, spaced: bool, opposite: bool) -> Reply:
     rest = 1 - sum(_OTHERS.values())
     masses = {"A": chosen * rest, "B": (1 - chosen) * rest}
     if spaced:
-        halves = {letter: (0.6 * mass, 0.4 * mass) for letter, mass in masses.items()}
-        masses = {letter: whole for letter, (whole, _) in halves.items()}
-        masses |= {f" {letter}": part for letter, (_, part) in halves.items()}
+        a, b = masses.values()
+        masses = {"A": 0.6 * a, " A": 0.4 * a, "B": 0.9 * b, " B": 0.1 * b}
     listed = list((masses | _OTHERS).items())[: question.top]
     listed.sort(key=lambda item: -item[1])
     return Reply(listed[0][0], tuple((token, log(mass)) for token, mass in listed))

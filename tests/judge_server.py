@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that judges planted answers rightly, and fails as often as it is told.
+"""An OpenAI-compatible server that judges planted answers rightly, and fails as it is told.
 
 Run as a script it is a real process:
 `python tests/judge_server.py --latency 0.2 --faults 0.3 --seed 1`.
@@ -67,7 +67,7 @@ class Judge:
     async def serve(self) -> AsyncIterator[str]:
         """Answer in the running loop until the block ends; yields the URL."""
         server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024)
-        self._lines = self.log and self.log.open("a", buffering=1)
+        self._lines = self.log.open("a", buffering=1) if self.log else None
         try:
             yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         finally:
@@ -117,8 +117,8 @@ class Judge:
         try:
             while not writer.is_closing():
                 await self._request(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client left
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client left, or the server ends
         finally:
             self._open.discard(task)
             writer.close()
