@@ -174,6 +174,10 @@ def test_swapped_rows_show_without_a_critic() -> None:
     assert levels(figures) == {"inverted": "refuse"}
 
 
+def test_a_tie_reverses_no_label() -> None:
+    assert flip_rate([pair(0, rejected="No less useful."), swapped(pair(1))], Oracle()) == (0.5, 2)
+
+
 def test_answers_that_the_critic_does_not_score_flip_nothing() -> None:
     pairs = [pair(0), swapped(pair(1)), pair(2, rejected=" ")]
     assert flip_rate(pairs, Oracle()) == (0.5, 2)

@@ -51,7 +51,7 @@ def test_scoring_and_generating_need_no_torch(bundle: Path) -> None:
     assert (answered.returncode, answered.stderr) == (0, "")
 
 
-def test_verifying_and_tracing_need_no_torch(finished_run: Any, bundle: Path) -> None:
+def test_verifying_tracing_and_auditing_need_no_torch(finished_run: Any, bundle: Path) -> None:
     code = BLOCK + "from cai_scale.cli import main; sys.exit(main(sys.argv[1:]))"
     for path in (finished_run.path, bundle):
         verified = run_python("-c", code, "verify", str(path))
@@ -59,6 +59,8 @@ def test_verifying_and_tracing_need_no_torch(finished_run: Any, bundle: Path) ->
     prompt_id = next(record["id"] for _, record in read_jsonl(finished_run.prompts("train")))
     traced = run_python("-c", code, "trace", prompt_id, "--run", str(finished_run.path))
     assert (traced.returncode, traced.stderr) == (0, "")
+    audited = run_python("-c", code, "audit", "--run", str(finished_run.path))
+    assert (audited.returncode, audited.stderr) == (0, "")
 
 
 def test_training_without_its_extra_is_one_line() -> None:
