@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cai_scale.errors import GateError
-from cai_scale.evaluation.statistics import order_agreement, spearman
 from cai_scale.runtime.graph import pad
 from cai_scale.runtime.reward import ScorerGraph
+from cai_scale.statistics import order_agreement, spearman
 
 from .parity import MAX_DELTA
 from .reward import scores

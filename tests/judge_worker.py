@@ -4,11 +4,10 @@ import argparse
 import json
 from pathlib import Path
 
-from judging import comparisons
-
 from cai_scale import constitution, endpoint
 from cai_scale.critics import judge
 from cai_scale.critics.judge import Settings
+from judging import comparisons
 
 endpoint.FIRST_PAUSE = 0.01  # seconds; the faults are many and the server is near
 

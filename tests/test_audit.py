@@ -5,7 +5,7 @@ import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from math import copysign, inf, sqrt
+from math import copysign, inf
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from cai_scale import cli, results
 from cai_scale.errors import GateError
 from cai_scale.preferences.audit import _grams, _repeated, audit, audit_again, flip_rate
-from cai_scale.preferences.limits import LIMITS, Finding, judge, require_sound, wilson
+from cai_scale.preferences.limits import LIMITS, Finding, judge, require_sound
 from cai_scale.preferences.pairs import build_pairs, compared_pairs
 from cai_scale.ranks import Ranks
 from cai_scale.records import (
@@ -231,15 +231,6 @@ def test_every_limit_is_tested() -> None:
         if abs(warn) != inf
     ]
     assert ends == ENDS
-
-
-@pytest.mark.parametrize(("hits", "of"), [(0, 10), (1, 1), (20, 500), (3, 7), (999, 1000)])
-def test_the_interval_is_wilsons(hits: int, of: int) -> None:
-    """Its ends are the shares whose own standard error reaches just to what was found."""
-    for end in wilson(hits / of, of):
-        assert abs(hits / of - end) == pytest.approx(
-            1.959964 * sqrt(end * (1 - end) / of), abs=1e-9
-        )
 
 
 def test_few_cases_do_not_refuse_however_clear() -> None:

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "cai_scale"
 # Which packages each may import, beside the modules that hold data and errors.
 COMMON = {
     *("errors", "records", "runs", "ranks", "config", "constitution"),
-    *("commands", "endpoint", "terminal"),
+    *("commands", "endpoint", "statistics", "terminal"),
 }
 ALLOWED = {
     "constitution": set(),

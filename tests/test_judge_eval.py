@@ -13,9 +13,9 @@ from cai_scale import cli, judge_eval
 from cai_scale.critics import Comparer, Critic
 from cai_scale.errors import DataError
 from cai_scale.evaluation.agreement import DISAGREE, LabelledPair, agreement, verdict
-from cai_scale.evaluation.statistics import wilson
 from cai_scale.judge_eval import ask, cost, print_agreement, read_pairs
 from cai_scale.records import Preference, Score, read_jsonl
+from cai_scale.statistics import wilson
 from processes import run_python
 
 Prefer = Callable[[str, str, str], Preference]
@@ -407,7 +407,7 @@ def test_a_comparer_in_the_command(
 ) -> None:
     judge = Judge(both_orders(better))
     judge.spent = {"calls": 100, "money": 1.5}  # type: ignore[attr-defined]
-    monkeypatch.setattr(judge_eval, "load_critic", lambda *_: judge)
+    monkeypatch.setattr(judge_eval.flags, "load", lambda *_: judge)
     planted(tmp_path / "planted.jsonl", 50)
     assert cli.main(["judge-eval", "--data", str(tmp_path / "planted.jsonl")]) == 0
     printed = capsys.readouterr().out

@@ -11,8 +11,8 @@ import pytest
 
 from cai_scale import constitution
 from cai_scale.evaluation.rewards import print_rewards, rewards
-from cai_scale.evaluation.statistics import order_agreement, pearson, spearman
 from cai_scale.records import Answer, Prompt, Response, Score
+from cai_scale.statistics import order_agreement, pearson, spearman
 
 RULES = constitution.load()
 PRINCIPLES = tuple(p.id for p in RULES.principles)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cai_scale.critics import DISAGREE
-from cai_scale.evaluation.statistics import rounded, spearman, wilson
 from cai_scale.records import Preference
+from cai_scale.statistics import rounded, spearman, wilson
 
 RIGHT, WRONG, TIE, ABSTENTION = "right", "wrong", "tie", "abstention"
 NEAR = 1e-9  # a lean that is nearer to 0 is a tie

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cai_scale.constitution import Constitution
-from cai_scale.evaluation.statistics import pearson, rounded, spearman
 from cai_scale.records import Answer
+from cai_scale.statistics import pearson, rounded, spearman
 
 BINS = 10
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf
 from typing import Any
 
 from cai_scale.errors import GateError
+from cai_scale.statistics import wilson
 
 Range = tuple[float, float]  # a share from its lower to its upper end is in order; both are beyond
 
 NEVER: Range = (-inf, inf)
 LEAST = 20  # cases from which on a share is worth a warning
-Z = 1.959964  # of a two-sided 95 % interval
 
 
 @dataclass(frozen=True)
@@ -177,14 +177,6 @@ def require_sound(findings: Sequence[Finding], remedy: str) -> None:
         raise GateError(f"the audit refuses the pairs: {'; '.join(refused)}; {remedy}")
 
 
-def wilson(share: float, of: int) -> Range:
-    """The 95 % interval of a share of `of` cases (Wilson, JASA 22, 1927)."""
-    weight = Z**2 / of
-    middle = (share + weight / 2) / (1 + weight)
-    half = Z / (1 + weight) * sqrt(share * (1 - share) / of + weight / (4 * of))
-    return middle - half, middle + half
-
-
 def shown(bound: Range) -> str:
     """A range's far side, in words."""
     low, high = bound
@@ -196,7 +188,7 @@ def shown(bound: Range) -> str:
 
 
 def _level(limit: Limit, value: float, of: int) -> str:
-    low, high = wilson(value, of)
+    low, high = wilson(value * of, of) or (value, value)
     if low >= limit.refuse[1] or high <= limit.refuse[0]:
         return "refuse"
     beyond = value >= limit.warn[1] or value <= limit.warn[0]
