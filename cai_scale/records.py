@@ -84,17 +84,31 @@ class Response:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer with its natural log-probability, at most 0.
+
+    `top` holds the likeliest tokens in its place and theirs, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Completion:
     """A generated text, its length in tokens, and whether the model ended it itself.
 
     `ids` are the tokens as they were drawn, the one that ended the answer included; None where
-    the sampler does not see them, as with a server. They are not stored.
+    the sampler does not see them, as with a server. `logprobs` has one item for each of `tokens`,
+    None where they were not asked for. Neither is stored.
     """
 
     text: str
     tokens: int
     finished: bool
     ids: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from cai_scale import constitution
 from cai_scale.errors import DataError
-from cai_scale.records import Completion
+from cai_scale.records import Completion, TokenLogprob
 from cai_scale.runtime.generate import Piece, Request
 from cai_scale.runtime.sampling import Decoding
 from cai_scale.runtime.scorer import Scorer
@@ -28,6 +28,9 @@ class FakeTokenizer:
 
     def encode(self, text: str) -> Any:
         return SimpleNamespace(ids=list(text.encode()))
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return bytes(tokens).decode(errors="replace")
 
 
 class FakeChat:
@@ -62,6 +65,15 @@ def words_of(request: Request) -> tuple[list[str], bool]:
     words = [f"{'please ' if byte > 200 else ''}{byte} " for byte in digest[: 6 + digest[0] % 20]]
     most = request.decoding.max_new_tokens
     return words[:most], len(words) <= most
+
+
+def logprobs_of(words: list[str], top: int) -> tuple[TokenLogprob, ...]:
+    """One token a word, its first byte; the likeliest beside it is half a letter."""
+    firsts = [word.encode()[0] for word in words]
+    return tuple(
+        TokenLogprob(first, -0.5 - i, ((first, -0.5 - i), (0xC3, -7.25))[:top])
+        for i, first in enumerate(firsts)
+    )
 
 
 @dataclass
@@ -109,7 +121,10 @@ class FakeGenerator:
         if row.written < len(words):
             return Piece(index, word, None)
         del self.open[index]
-        return Piece(index, word, Completion("".join(words), len(words), finished))
+        top = row.request.top_logprobs
+        logprobs = None if top is None else logprobs_of(words, top)
+        text = "".join(words)
+        return Piece(index, word, Completion(text, len(words), finished, logprobs=logprobs))
 
 
 @dataclass

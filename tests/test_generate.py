@@ -10,6 +10,7 @@ import pytest
 
 from cai_scale.errors import DataError
 from cai_scale.records import Completion
+from cai_scale.runtime import generate
 from cai_scale.runtime.bundle import open_bundle
 from cai_scale.runtime.cache import FusedCache, MaskedCache, open_cache
 from cai_scale.runtime.generate import Generator, Policy, Request
@@ -164,6 +165,110 @@ def test_a_repetition_penalty_repeats_less(policy: Policy) -> None:
     finally:
         policy.stops = before
     assert len(set(penalised)) / len(penalised) > len(set(plain)) / len(plain)
+
+
+def logits_of(graph: Graph, tokens: Sequence[int]) -> Any:
+    """[tokens, vocabulary], in one run without a cache."""
+    ids = np.array([tokens], np.int64)
+    return graph.run(ids, np.ones_like(ids), graph.empty_cache(1))[0][0].astype(np.float64)
+
+
+def furthest(policy: Policy, request: Request, completion: Completion, shift: int = 0) -> float:
+    """How far the told log-probabilities lie from those of the graph, `shift` places later."""
+    assert completion.ids is not None and completion.logprobs is not None
+    logits = logits_of(policy.graph, [*request.tokens, *completion.ids])
+    worst = 0.0
+    for place, told in enumerate(completion.logprobs, len(request.tokens) - 1 + shift):
+        expected = logits[place] - np.logaddexp.reduce(logits[place])
+        pairs = [(told.token, told.logprob), *told.top]
+        worst = max(worst, *(abs(expected[token] - value) for token, value in pairs))
+    return worst
+
+
+def test_log_probabilities_are_those_of_the_graph(policy: Policy) -> None:
+    asked = [replace(r, top_logprobs=k) for k, r in enumerate(requests(policy), 4)]
+    for request, completion in zip(asked, policy.complete(asked, rows=3), strict=True):
+        assert completion.ids is not None and completion.logprobs is not None
+        assert len(completion.logprobs) == completion.tokens > 0
+        told = tuple(item.token for item in completion.logprobs)
+        assert told == completion.ids[: completion.tokens]
+        assert furthest(policy, request, completion) <= 1e-4
+        # The control: the place after it has others.
+        assert furthest(policy, request, completion, shift=1) > 1
+        logits = logits_of(policy.graph, [*request.tokens, *completion.ids])
+        for place, item in enumerate(completion.logprobs, len(request.tokens) - 1):
+            assert len(item.top) == request.top_logprobs
+            values = [value for _, value in item.top]
+            assert values == sorted(values, reverse=True)
+            # None that is left out is likelier than the last.
+            best = np.sort(logits[place])[::-1] - np.logaddexp.reduce(logits[place])
+            assert np.abs(best[: len(values)] - values).max() <= 1e-4
+            if request.decoding.temperature == 0:
+                assert item.top[0] == (item.token, item.logprob)
+
+
+def test_log_probabilities_do_not_depend_on_how_a_token_is_chosen(policy: Policy) -> None:
+    """Nor on the batch: the same first token's place, in settings that choose differently."""
+    plain = requests(policy, temperature=0.0, max_new_tokens=1)[1]
+    changes: list[dict[str, Any]] = [
+        {"temperature": 1.9},
+        {"repetition_penalty": 5.0},
+        {"temperature": 1.2, "top_k": 2, "top_p": 0.1, "min_p": 0.9},
+    ]
+    asked = [replace(r, top_logprobs=20) for r in [plain, *requests(policy)]] + [
+        replace(plain, top_logprobs=20, seed=seed, decoding=replace(plain.decoding, **change))
+        for change in changes
+        for seed in range(4)
+    ]
+    together = policy.complete(asked)
+    (expected,) = policy.complete(asked[:1])
+    assert expected.logprobs is not None
+    chosen = set()
+    others = [together[0], *together[-4 * len(changes) :]]
+    for other in others:
+        assert other.logprobs is not None
+        chosen.add(other.logprobs[0].token)
+        top, same = dict(expected.logprobs[0].top), dict(other.logprobs[0].top)
+        assert top.keys() == same.keys()
+        assert max(abs(top[token] - same[token]) for token in top) <= 1e-4
+    assert len(chosen) > 1  # the control: the settings did count for the choice
+
+
+def test_log_probabilities_cost_nothing_where_they_are_not_wanted(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = []
+
+    def counted(logits: Any) -> Any:
+        rows.append(logits.shape)
+        return log_softmax(logits)
+
+    log_softmax = generate.log_softmax
+    monkeypatch.setattr(generate, "log_softmax", counted)
+    asked = requests(policy)
+    plain = policy.complete(asked)
+    assert rows == [] and all(answer.logprobs is None for answer in plain)
+    asked[2] = replace(asked[2], top_logprobs=0)
+    told = policy.complete(asked)
+    assert told == plain
+    assert [answer.logprobs is None for answer in told] == [i != 2 for i in range(len(told))]
+    assert told[2].ids is not None and told[2].logprobs is not None
+    assert len(rows) == len(told[2].ids)
+    assert [item.top for item in told[2].logprobs] == [()] * told[2].tokens
+
+
+def test_a_token_that_ended_the_answer_is_not_listed(policy: Policy) -> None:
+    asked = replace(requests(policy, temperature=0.0, max_new_tokens=9)[1], top_logprobs=1)
+    (whole,) = policy.complete([asked])
+    assert whole.ids is not None and whole.logprobs is not None
+    before, policy.stops = policy.stops, frozenset({whole.ids[4]})
+    try:
+        (cut,) = policy.complete([asked])
+    finally:
+        policy.stops = before
+    ended = whole.ids.index(whole.ids[4])
+    assert cut.ids == whole.ids[: ended + 1]
+    assert cut.logprobs == whole.logprobs[:ended]
 
 
 def test_what_the_model_cannot_read_is_refused(policy: Policy) -> None:

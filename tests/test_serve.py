@@ -99,6 +99,38 @@ def test_a_stream_brings_the_same_answers_in_pieces(client: TestClient) -> None:
     assert "usage" not in chunks[0]
 
 
+def test_log_probabilities_stand_beside_the_answer_that_is_as_it_was(client: TestClient) -> None:
+    body = {"messages": HELLO, "seed": 7, "n": 2, "max_tokens": 5}
+    plain = client.post(CHAT, json=body).json()
+    told = client.post(CHAT, json=body | {"logprobs": True, "top_logprobs": 2}).json()
+    alone = client.post(CHAT, json=body | {"logprobs": True}).json()
+    for index, choice in enumerate(told["choices"]):
+        words = choice["message"]["content"].replace("please ", "please_").split()
+        content = [
+            {
+                "token": word[0],
+                "logprob": -0.5 - i,
+                "bytes": [ord(word[0])],
+                "top_logprobs": [
+                    {"token": word[0], "logprob": -0.5 - i, "bytes": [ord(word[0])]},
+                    {"token": "\ufffd", "logprob": -7.25, "bytes": None},
+                ],
+            }
+            for i, word in enumerate(words)
+        ]
+        assert len(content) == 5
+        assert choice["logprobs"] == {"content": content, "refusal": None}
+        assert plain["choices"][index] == choice | {"logprobs": None}
+        chosen = [item | {"top_logprobs": []} for item in content]
+        assert alone["choices"][index]["logprobs"] == {"content": chosen, "refusal": None}
+
+
+@pytest.mark.parametrize("value", [1, True])
+def test_a_completion_has_no_log_probabilities(client: TestClient, value: Any) -> None:
+    body = {"prompt": "once", "logprobs": value}
+    assert "logprobs: not supported" in refused(client.post(TEXT, json=body), 422)
+
+
 def test_several_prompts_of_one_completion(client: TestClient) -> None:
     body = {"prompt": ["one", "two"], "n": 2, "seed": 1, "max_tokens": 4}
     reply = client.post(TEXT, json=body).json()
@@ -147,7 +179,12 @@ def test_the_model_and_its_constitution_are_named(client: TestClient) -> None:
     ("change", "said"),
     [
         ({"tools": [{"type": "function"}]}, "tools: not supported"),
-        ({"logprobs": True}, "logprobs: not supported"),
+        ({"top_logprobs": 1}, "top_logprobs: needs logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: Input should be less"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs: Input should be greater"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs: Input should be a valid int"),
+        ({"logprobs": 2}, "logprobs: Input should be a valid boolean"),
+        ({"logprobs": True, "stream": True}, "logprobs: not supported in a stream"),
         ({"response_format": {"type": "json_object"}}, "response_format: not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty: not supported"),
         ({"colour": 1}, "colour: not supported"),
@@ -356,6 +393,8 @@ KNOWN: dict[Any, Any] = {
     "seed": st.integers(-(2**63), 2**63 - 1),
     "stop": st.text(min_size=1) | st.lists(st.text(min_size=1), max_size=4),
     "stream": st.booleans(),
+    "logprobs": st.booleans(),
+    "top_logprobs": st.integers(0, 20),
     "max_tokens": st.integers(1, 256),
 }
 FORMS = {

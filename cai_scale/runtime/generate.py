@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cai_scale.errors import DataError
-from cai_scale.records import Completion, Message
+from cai_scale.records import Completion, Message, TokenLogprob
 from cai_scale.runtime.bundle import CONFIG, GENERATION, Bundle, unloadable
 from cai_scale.runtime.cache import open_cache
 from cai_scale.runtime.chat import Chat
 from cai_scale.runtime.graph import FusedGraph, Graph, return_free_memory
-from cai_scale.runtime.sampling import Decoding, choose, penalise, top, uniforms
+from cai_scale.runtime.sampling import Decoding, choose, log_softmax, penalise, top, uniforms
 from cai_scale.runtime.text import GrowingText
 
 ROWS = 32
@@ -24,7 +24,9 @@ ADMITTED_TOKENS = 1024  # of prompts, read in one step: running answers do not w
 class Request:
     """One answer to generate; (seed, round, id, sample) decides its random numbers.
 
-    `tokens` are the prompt's.
+    `tokens` are the prompt's. `top_logprobs` asks for the log-probability of each token of the
+    answer and of that many of the likeliest in its place, as the model has them: temperature,
+    penalty and cuts do not count.
     """
 
     tokens: tuple[int, ...]
@@ -33,6 +35,7 @@ class Request:
     seed: int = 0
     sample: int = 0
     round: int = 0
+    top_logprobs: int | None = None
 
     @property
     def room(self) -> int:
@@ -156,6 +159,7 @@ class _Row:
     numbers: NDArray[np.float64]
     text: GrowingText
     written: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def newest(self) -> int:
@@ -205,8 +209,15 @@ class Generator:
         if not self._running:
             return []
         logits = self._cache.step(np.array([row.newest for row in self._running], np.int64))
+        own = [  # before a penalty changes the logits
+            None if row.request.top_logprobs is None else log_softmax(logits[place])
+            for place, row in enumerate(self._running)
+        ]
         tokens = self._choose(logits).tolist()
-        pieces = [self._write(row, token) for row, token in zip(self._running, tokens, strict=True)]
+        pieces = [
+            self._write(row, token, likelihoods)
+            for row, token, likelihoods in zip(self._running, tokens, own, strict=True)
+        ]
         for place in reversed(range(len(pieces))):
             if pieces[place].completion is not None:
                 self._drop(place)
@@ -250,12 +261,18 @@ class Generator:
         )
         return np.take_along_axis(columns, choice[:, None], axis=1)[:, 0]
 
-    def _write(self, row: _Row, token: int) -> Piece:
-        """Take a row's new token: a piece of text, or the end."""
+    def _write(self, row: _Row, token: int, own: NDArray[np.float64] | None) -> Piece:
+        """Take a row's new token: a piece of text, or the end.
+
+        Args:
+            own: the model's log-probabilities, [vocabulary], where they are wanted.
+        """
         ended = token in self.policy.stops
         text = ""
         if not ended:
             row.written.append(token)
+            if own is not None:
+                row.logprobs.append(_logprob(own, token, row.request.top_logprobs or 0))
             text = row.text.feed(token)
         ended = ended or row.text.stopped
         if not ended and len(row.written) < row.request.decoding.max_new_tokens:
@@ -263,10 +280,18 @@ class Generator:
         whole = row.text.text.strip() if row.text.stopped else self.policy.chat.decode(row.written)
         text += row.text.finish(whole)
         drawn = (*row.written, token) if token in self.policy.stops else tuple(row.written)
-        return Piece(row.index, text, Completion(whole, len(row.written), ended, drawn))
+        logprobs = None if own is None else tuple(row.logprobs)
+        completion = Completion(whole, len(row.written), ended, drawn, logprobs)
+        return Piece(row.index, text, completion)
 
     def _drop(self, place: int) -> None:
         self._cache.drop(place)
         last = self._running.pop()
         if place < len(self._running):
             self._running[place] = last
+
+
+def _logprob(own: NDArray[np.float64], token: int, k: int) -> TokenLogprob:
+    """A token's log-probability and the `k` largest of them all, of [vocabulary]."""
+    likeliest = top(own[None], k)[0] if k else ()
+    return TokenLogprob(token, float(own[token]), tuple((int(i), float(own[i])) for i in likeliest))

@@ -104,6 +104,12 @@ def choose(
     return np.where(temperature > 0, column, 0)
 
 
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The log-probabilities of one row's logits, [vocabulary]."""
+    shifted = logits.astype(np.float64) - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
 def penalise(logits: NDArray[np.float32], seen: Sequence[int], penalty: float) -> None:
     """Make the tokens in `seen` less likely, in place; `logits` is one row, [vocabulary]."""
     tokens = np.unique(np.asarray(seen, np.int64))
@@ -111,7 +117,7 @@ def penalise(logits: NDArray[np.float32], seen: Sequence[int], penalty: float) -
     logits[tokens] = np.where(values > 0, values / penalty, values * penalty)
 
 
-def top(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+def top(logits: NDArray[np.floating], k: int) -> NDArray[np.int64]:
     """[rows, k], the columns of the k largest logits of [rows, vocabulary], descending.
 
     Equal logits, among those kept, stand in the order of the vocabulary.

@@ -1,7 +1,16 @@
-"""The text of an answer while its tokens arrive."""
+"""The text of a token, and of an answer while its tokens arrive."""
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """What a token says by itself; U+FFFD where it is only a part of a letter.
+
+    Some tokenizers drop the space at the beginning of a text: the second of two has it.
+    """
+    once, twice = (tokenizer.decode([token] * n, skip_special_tokens=False) for n in (1, 2))
+    return str(twice[len(once) :] if twice.startswith(once) else once)
 
 
 class GrowingText:

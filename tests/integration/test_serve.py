@@ -75,6 +75,21 @@ def test_the_official_client_chats(url: str) -> None:
     assert again.choices[0].message.content == extended.choices[0].message.content
 
 
+def test_the_official_client_reads_log_probabilities(url: str) -> None:
+    reply = client_of(url).chat.completions.create(
+        model="fake", messages=user("hi"), seed=5, max_tokens=4, logprobs=True, top_logprobs=2
+    )
+    (choice,) = reply.choices
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert [item.logprob for item in choice.logprobs.content] == [-0.5, -1.5, -2.5, -3.5]
+    first = choice.logprobs.content[0]
+    assert first.token == expected("hi", 5, 4)[0] == bytes(first.bytes or []).decode()
+    assert [(top.logprob, top.bytes) for top in first.top_logprobs] == [
+        (-0.5, first.bytes),
+        (-7.25, None),
+    ]
+
+
 def test_the_official_client_streams(url: str) -> None:
     stream = client_of(url).chat.completions.create(
         model="fake",
@@ -108,7 +123,7 @@ def test_the_official_client_is_told_what_is_wrong(url: str) -> None:
     with pytest.raises(openai.NotFoundError, match="no model of that name"):
         client.chat.completions.create(model="gpt", messages=user("hi"))
     with pytest.raises(openai.UnprocessableEntityError, match="not supported") as caught:
-        client.chat.completions.create(model="fake", messages=user("hi"), logprobs=True)
+        client.completions.create(model="fake", prompt="hi", logprobs=2)
     assert (caught.value.param, caught.value.code) == ("logprobs", "invalid_request")
     with serving(FAKE, "--token", "right") as (guarded, _):
         with pytest.raises(openai.AuthenticationError, match="token"):

@@ -40,6 +40,7 @@ from cai_scale.runtime.serve.wire import (
     error_response,
     event,
 )
+from cai_scale.runtime.text import token_text
 
 T = TypeVar("T")
 
@@ -183,12 +184,14 @@ class Service:
             fingerprint=self.model.fingerprint,
             seed=seed,
             prompt_tokens=sum(len(tokens) for _, tokens in prompts),
+            spell=partial(token_text, self.policy.chat.tokenizer),
         )
         answers = self.engine.submit(requests, self.limits.timeout)
         if not body.stream:
             with answers:
                 completions = await _unless_gone(client, _gathered(answers))
-            return JSONResponse(reply.whole(completions))
+            # Not in the event loop: log-probabilities are many.
+            return await asyncio.to_thread(lambda: JSONResponse(reply.whole(completions)))
         try:  # the first piece comes before the headers, so that a failure has its status
             first = await _unless_gone(client, anext(answers))
         except BaseException:
@@ -226,7 +229,12 @@ class Service:
             **given,
         )
         request = Request(
-            tokens=tuple(tokens), decoding=decoding, id=name, seed=seed, sample=sample
+            tokens=tuple(tokens),
+            decoding=decoding,
+            id=name,
+            seed=seed,
+            sample=sample,
+            top_logprobs=body.likeliest,
         )
         self.policy.check(request)
         return request

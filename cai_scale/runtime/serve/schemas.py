@@ -8,8 +8,10 @@ CHOICES = 8  # answers to one prompt
 PROMPTS = 32  # prompts of one completion
 ITEMS = 256  # responses scored in one request
 TOP_K = 1000  # more would slow down everyone's step
+TOP_LOGPROBS = 20  # the most that the protocol has
 
-# Fields of the protocol that are not supported, with the values that ask for nothing.
+# Fields of the protocol that are not supported, with the values that ask for nothing. A chat has
+# `logprobs` and `top_logprobs`; a completion does not.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
     "echo": (False,),
@@ -117,6 +119,11 @@ class Sampling(Body):
         return self
 
     @property
+    def likeliest(self) -> int | None:
+        """How many log-probabilities are told beside each token's; None where that is not."""
+        return None
+
+    @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
@@ -126,6 +133,8 @@ class ChatRequest(Sampling):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] = 0
 
     @model_validator(mode="after")
     def _check_one_limit(self) -> Self:
@@ -133,9 +142,21 @@ class ChatRequest(Sampling):
             raise ValueError("max_tokens and max_completion_tokens are one setting; give one")
         return self
 
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs: true")
+        if self.logprobs and self.stream:
+            raise ValueError("logprobs: not supported in a stream; leave one of them out")
+        return self
+
     @property
     def limit(self) -> int | None:
         return self.max_tokens or self.max_completion_tokens
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
 
 class TextRequest(Sampling):

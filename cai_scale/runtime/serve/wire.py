@@ -3,13 +3,14 @@
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 from starlette.responses import JSONResponse
 
-from cai_scale.records import Completion
+from cai_scale.records import Completion, TokenLogprob
 
 DONE = "data: [DONE]\n\n"
 
@@ -90,12 +91,28 @@ class TextForm:
         return {"text": text}
 
 
+def logprobs(tokens: Sequence[TokenLogprob], spell: Callable[[int], str]) -> dict[str, Any]:
+    """A choice's `logprobs`; `spell` gives a token's text."""
+    spell = cache(spell)  # the likeliest tokens are mostly the same
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = spell(token)
+        octets = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": octets}
+
+    content = [
+        entry(item.token, item.logprob) | {"top_logprobs": [entry(*pair) for pair in item.top]}
+        for item in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reply:
     """One response of the server, whole or in chunks.
 
     `seed` goes beyond the protocol: with it, and the same messages and settings, the answer is
-    the same again. `fingerprint` stands for the bundle's weights.
+    the same again. `fingerprint` stands for the bundle's weights. `spell` gives a token's text.
     """
 
     form: Form
@@ -103,6 +120,7 @@ class Reply:
     fingerprint: str
     seed: int
     prompt_tokens: int
+    spell: Callable[[int], str]
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -145,7 +163,10 @@ class Reply:
         self, index: int, part: dict[str, Any], completion: Completion | None = None
     ) -> dict[str, Any]:
         reason = None if completion is None else "stop" if completion.finished else "length"
-        return {"index": index, **part, "logprobs": None, "finish_reason": reason}
+        told = None
+        if completion is not None and completion.logprobs is not None:
+            told = logprobs(completion.logprobs, self.spell)
+        return {"index": index, **part, "logprobs": told, "finish_reason": reason}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
