@@ -251,7 +251,7 @@ def test_the_scorer_refuses(tmp_path: Path, flags: list[str], said: list[str]) -
 def test_an_unknown_command_lists_those_that_exist(tmp_path: Path) -> None:
     line = refused(tmp_path, "-m", "cai_scale.cli", "trian")
     assert "'trian'" in line
-    assert "collect, train, evaluate" in line
+    assert "collect, audit, train, evaluate" in line
 
 
 def test_constitution_commands(tmp_path: Path, tiny_constitution: Path) -> None:

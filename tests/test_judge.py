@@ -260,14 +260,17 @@ def test_replies_that_are_verdicts() -> None:
 
 def test_a_probability_is_normalised_over_the_options() -> None:
     tokens = {"A": log(0.2), " a": log(0.1), "B": log(0.15), "\n": log(0.5), "Answer": log(0.05)}
-    assert probability(tokens) == pytest.approx(0.3 / 0.45)
-    assert probability({"A": 0.0}) == 1.0
-    for none in ({}, {"Well": -0.1, "A": log(0.02)}):
+    assert probability(list(tokens.items())) == pytest.approx(0.3 / 0.45)
+    assert probability([("A", 0.0)]) == 1.0
+    # Two tokens may read alike.
+    alike = [("A", log(0.2)), ("A", log(0.2)), ("B", log(0.1))]
+    assert probability(alike) == pytest.approx(0.8)
+    for none in ([], [("Well", -0.1), ("A", log(0.02))]):
         with pytest.raises(DataError, match="begins with neither"):
             probability(none)
     for wrong in (float("nan"), 7.0, float("inf")):
         with pytest.raises(DataError, match="log-probabilities are none"):
-            probability({"A": wrong, "B": -0.1})
+            probability([("A", wrong), ("B", -0.1)])
 
 
 def test_an_ensemble_keeps_votes_and_abstains_where_they_are_apart() -> None:

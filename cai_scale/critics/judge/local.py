@@ -105,7 +105,7 @@ class LocalModel:
             for request, completion in self._sampler.sample([requests] if requests else [])
         }
 
-    def _first_token(self, messages: Sequence[Message]) -> tuple[int, dict[str, float]]:
+    def _first_token(self, messages: Sequence[Message]) -> tuple[int, list[tuple[str, float]]]:
         """The length of a conversation, and the log-probabilities of what may come next."""
         import torch
 
@@ -117,9 +117,7 @@ class LocalModel:
         values, tokens = logits.topk(20)
         names = self._tokenizer.convert_ids_to_tokens(tokens.tolist())
         texts = [self._tokenizer.convert_tokens_to_string([name]) for name in names]
-        # Two tokens may read alike: the likelier of them counts.
-        likeliest = dict(zip(reversed(texts), reversed(values.tolist()), strict=True))
-        return encoded["input_ids"].shape[1], likeliest
+        return encoded["input_ids"].shape[1], list(zip(texts, values.tolist(), strict=True))
 
     @cached_property
     def _tokenizer(self) -> Any:

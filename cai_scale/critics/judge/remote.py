@@ -245,10 +245,10 @@ def _read(reply: object) -> tuple[Spent, Mapping[str, Any]]:
     return spent, choice
 
 
-def _first_token(choice: Mapping[str, Any]) -> dict[str, float]:
+def _first_token(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
     """The log-probabilities of the likeliest first tokens; raises as `_read`."""
     try:
         tops = choice["logprobs"]["content"][0]["top_logprobs"]
-        return {str(top["token"]): float(top["logprob"]) for top in tops}
+        return [(str(top["token"]), float(top["logprob"])) for top in tops]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         raise DataError("the reply has no log-probabilities") from None

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import exp
 from typing import Any
 
@@ -46,7 +46,7 @@ def choices(reply: str, ids: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def probability(first_token: Mapping[str, float]) -> float:
+def probability(first_token: Sequence[tuple[str, float]]) -> float:
     """P(A) between A and B, from the log-probabilities of the likeliest first tokens.
 
     Spellings such as "A" and " a" count together (as in Lee et al. 2023, arXiv 2309.00267,
@@ -55,10 +55,10 @@ def probability(first_token: Mapping[str, float]) -> float:
     Raises:
         DataError: hardly any probability lies on A and B, or what is listed is no probability.
     """
-    if not all(value <= 1e-3 for value in first_token.values()):  # so that a NaN fails
+    if not all(value <= 1e-3 for _, value in first_token):  # so that a NaN fails
         raise DataError("the reply's log-probabilities are none")
     mass = dict.fromkeys(OPTIONS, 0.0)
-    for token, log_probability in first_token.items():
+    for token, log_probability in first_token:
         letter = token.strip(' \n"*(').upper()
         if letter in mass:
             mass[letter] += exp(log_probability)
