@@ -12,7 +12,7 @@ from typing import Any
 
 from cai_scale.runs import versions
 
-PARTS = ("lexicon", "install", "decode", "scorer", "rollout", "training")
+PARTS = ("lexicon", "install", "decode", "scorer", "rollout", "training", "judge")
 LIBRARIES = (
     *("cai-scale", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "trl", "peft"),
     "numpy",
@@ -221,6 +221,22 @@ def training(figures: dict[str, Any]) -> str:
     )
 
 
+def judge(figures: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{found['median']:.0f}", target]
+        for (name, found), target in zip(
+            figures["rates"].items(), (f"≥ {0.9 * figures['ideal']:.0f}", ""), strict=True
+        )
+    ]
+    held = {int(count): size / 2**20 for count, size in figures["memory"].items()}
+    shown = ", ".join(f"{held[n]:.0f} after {n:,}" for n in (1000, 5000, 25_000, 50_000))
+    return (
+        f"{table(['an answer takes', 'calls a second, median of 5', 'target'], rows)}\n\n64 calls "
+        f"at once, the labeller on one core, every verdict in the journal. MiB held, comparisons "
+        f"of two calls each: {shown}."
+    )
+
+
 TITLES = {
     "lexicon": "The lexicon critic",
     "install": "The base install",
@@ -228,10 +244,11 @@ TITLES = {
     "scorer": "The reward scorer",
     "rollout": "Rollouts",
     "training": "Training",
+    "judge": "A judge over an endpoint",
 }
 TABLES = {
     "lexicon": lexicon, "install": install, "decode": decode, "scorer": scorer, "rollout": rollout,
-    "training": training,
+    "training": training, "judge": judge,
 }  # fmt: skip
 
 if __name__ == "__main__":
