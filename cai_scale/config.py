@@ -129,6 +129,10 @@ class Config:
         "give it is under this", least=0,
     )  # fmt: skip
 
+    pairs: str = setting(
+        "pairs", "answers", "what stands against what: answers, of a prompt's the best against the "
+        "worst; revisions, an answer against its first revision", ("answers", "revisions"),
+    )  # fmt: skip
     margin: float = setting("pairs", 0.05, "smallest score gap of a pair", least=0)
     audit: str = setting(
         "pairs", "refuse", "what the audit does with pairs beyond its limits: refuse ends the run "
@@ -260,6 +264,10 @@ class Config:
                 self.labels_pairs and not (self.pairwise and self.critic == "judge"),
                 f"--judge_mode {self.judge_mode} labels pairs: use it with --critic judge alone, "
                 f"and with --method dpo, or reward with --objective bradley-terry",
+            ),
+            (
+                self.pairs == "revisions" and self.revisions == 0,
+                "--pairs revisions with --revisions 0: there would be none; ask for one",
             ),
             (
                 len(self.judge_prices) not in (0, 2),

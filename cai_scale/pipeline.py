@@ -71,7 +71,7 @@ def collect(job: Job, number: int) -> tuple[list[Answer], list[Pair]]:
             )
     with job.stage(of_round("pair", number)):
         comparisons = None
-        if job.comparer is not None:
+        if job.comparer is not None and config.pairs == "answers":
             comparisons = results.comparisons(
                 config, job.constitution, job.comparer, job.prompts, responses, files, job.ranks
             )

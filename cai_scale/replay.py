@@ -139,7 +139,7 @@ class Replay:
         _require(files.refused)
         responses, scores = self.revised(number)
         comparisons = None
-        if self.config.labels_pairs:
+        if self.config.labels_pairs and self.config.pairs == "answers":
             _require(files.comparisons(files.pairs))
             comparisons = results.comparisons(
                 self.config, self.constitution, _Stored(), self.prompts, responses, files, Ranks()

@@ -5,7 +5,7 @@ works it out again, by the same code. No torch.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -278,16 +278,48 @@ def pairs(
         files: where the verdicts on the samples and revisions are.
         comparisons: what a comparer said, where it labels the pairs in place of scores.
     """
-    if comparisons is not None:
+    if config.pairs == "revisions":
+        built, account, refused = revision_pairs(config, prompts, files)
+    elif comparisons is not None:
         built, account, refused = compared_pairs(
             prompts, responses, comparisons, margin=config.margin
         )
-        account["revisions"] = preferred_revisions(files)
-        return built, audit(built, account, refused), refused
-    # An answer without a score is a sample: no revision without one has taken its place.
-    why = {key: why for key, _, why in read_scores(files.scores(files.rollouts)) if why}
-    built, account, refused = build_pairs(prompts, responses, scores, margin=config.margin, why=why)
-    return built, audit(built, account | {"revisions": revisions(files)}, refused), refused
+    else:
+        # An answer without a score is a sample: no revision without one has taken its place.
+        why = {key: why for key, _, why in read_scores(files.scores(files.rollouts)) if why}
+        built, account, refused = build_pairs(
+            prompts, responses, scores, margin=config.margin, why=why
+        )
+    count = preferred_revisions if config.labels_pairs else revisions
+    return built, audit(built, account | {"revisions": count(files)}, refused), refused
+
+
+def revision_pairs(
+    config: Config, prompts: Sequence[Prompt], files: Round
+) -> tuple[list[Pair], dict[str, Any], list[Refusal]]:
+    """Pairs of an answer and its first revision, whichever the critic finds better."""
+    product = files.revisions()
+    samples, revised = (
+        read_records(file, lambda record: Response(**record)) for file in (files.rollouts, product)
+    )
+    responses = [*samples, *(replace(revision, revised=True) for revision in revised)]
+    if config.labels_pairs:
+        said = _read_comparisons(files.comparisons(product))
+        asked = [(row["prompt_id"], row["first"], row["second"], found) for row, found in said]
+        return compared_pairs(prompts, responses, asked, margin=config.margin)
+    rows = [*read_scores(files.scores(files.rollouts)), *read_scores(files.scores(product))]
+    scores = {key: score for key, score, _ in rows if score is not None}
+    why = {key: why for key, _, why in rows}
+    gaps: list[Comparison] = []
+    for revision in revised:
+        original = sample_of(revision.sample)
+        new, old = (revision.prompt_id, revision.sample), (revision.prompt_id, original)
+        if new in scores and old in scores:
+            found = Preference(scores[new].overall - scores[old].overall)
+        else:
+            found = Preference(None, why[new] or why[old])
+        gaps.append((revision.prompt_id, revision.sample, original, found))
+    return compared_pairs(prompts, responses, gaps, margin=config.margin, scores=scores)
 
 
 def revisions(files: Round) -> dict[str, int]:

@@ -83,12 +83,16 @@ def compared_pairs(
     comparisons: Sequence[Comparison],
     *,
     margin: float,
+    scores: Mapping[tuple[str, int], Score] | None = None,
 ) -> tuple[list[Pair], dict[str, Any], list[Refusal]]:
     """One pair per prompt: of its comparisons that which leans furthest, the earliest of equals.
 
     A lean of l stands as the scores (1 + l)/2 of the first answer and (1 - l)/2 of the second,
     whose gap |l| must be at least `margin`. Ties, abstentions and comparisons with an empty
     answer, or of one text with itself, decide nothing.
+
+    Args:
+        scores: by prompt id and sample, the answers' own scores, where the leans come from these.
 
     Returns:
         As `build_pairs`, with a row for each comparison that decides nothing.
@@ -116,7 +120,12 @@ def compared_pairs(
             if abs(lean) < margin - NEAR:
                 refused.append(_under(prompt.id, abs(lean), margin))
             else:
-                both = _leaning(one, preference, 1), _leaning(other, preference, -1)
+                if scores is None:
+                    both = _leaning(one, preference, 1), _leaning(other, preference, -1)
+                else:
+                    keys = ((prompt.id, answer.sample) for answer in (one, other))
+                    first_score, second_score = (scores[key] for key in keys)
+                    both = _candidate(one, first_score), _candidate(other, second_score)
                 pairs.append(_pair(prompt, *(both if lean > 0 else both[::-1])))
     account = _account(prompts, responses, pairs, refused, COMPARISONS, UNCOMPARED)
     return pairs, account | {"comparisons": len(comparisons)}, refused
