@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cai_scale import chain, ranks, results
+from cai_scale import chain, labels, ranks, results
 from cai_scale.chain import of_round
 from cai_scale.critics.reward import TorchRewardModel
 from cai_scale.errors import MissingError
@@ -58,7 +58,7 @@ def collect(job: Job, number: int) -> tuple[list[Answer], list[Pair]]:
                 config, job.prompts, files, sampler, job.ranks, round=number
             )
         with job.stage(of_round("revise", number)):
-            responses, scores = results.answers(
+            responses, scores = labels.answers(
                 config,
                 job.constitution,
                 job.critic,
@@ -72,11 +72,11 @@ def collect(job: Job, number: int) -> tuple[list[Answer], list[Pair]]:
     with job.stage(of_round("pair", number)):
         comparisons = None
         if job.comparer is not None and config.pairs == "answers":
-            comparisons = results.comparisons(
+            comparisons = labels.comparisons(
                 config, job.constitution, job.comparer, job.prompts, responses, files, job.ranks
             )
         if job.ranks.main and not files.pairs.exists():
-            pairs, figures, refused = results.pairs(
+            pairs, figures, refused = labels.pairs(
                 config, job.prompts, files, responses, scores, comparisons
             )
             write_json(files.audit, figures)
@@ -85,7 +85,7 @@ def collect(job: Job, number: int) -> tuple[list[Answer], list[Pair]]:
         ranks.wait_for(files.pairs)
     pairs = read_pairs(files.pairs)
     job.say(f"{len(pairs)} pairs from {len(job.prompts)} prompts: {files.pairs}")
-    return results.scored(job.prompts, responses, scores), pairs
+    return labels.scored(job.prompts, responses, scores), pairs
 
 
 def train(job: Job, number: int, answers: list[Answer], pairs: list[Pair]) -> None:
@@ -176,10 +176,10 @@ def evaluate_reward(job: Job) -> None:
         file = run.evaluation("rewards")
         text = {prompt.id: prompt.text for prompt in job.heldout}
         asked = [text[response.prompt_id] for response in responses]
-        scores = results.score_once(
+        scores = labels.score_once(
             job.critic, asked, responses, run.round(1).scores(file), job.ranks
         )
-        answers = results.scored(job.heldout, responses, scores)
+        answers = labels.scored(job.heldout, responses, scores)
         if job.ranks.main and not product.exists():
             model = TorchRewardModel(rewards.of_run(run, job.constitution))
             texts = [answer.response.text for answer in answers]

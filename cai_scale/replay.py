@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cai_scale import config as settings
-from cai_scale import constitution, results
+from cai_scale import constitution, labels, results
 from cai_scale import prompts as prompt_files
 from cai_scale.chain import of_round, stages
 from cai_scale.constitution import Constitution
@@ -91,7 +91,7 @@ class Replay:
             _require(product)
             if not self.config.labels_pairs:
                 _require(files.scores(product))
-        return results.answers(
+        return labels.answers(
             self.config,
             self.constitution,
             _Stored(),
@@ -141,10 +141,10 @@ class Replay:
         comparisons = None
         if self.config.labels_pairs and self.config.pairs == "answers":
             _require(files.comparisons(files.pairs))
-            comparisons = results.comparisons(
+            comparisons = labels.comparisons(
                 self.config, self.constitution, _Stored(), self.prompts, responses, files, Ranks()
             )
-        pairs, figures, refused = results.pairs(
+        pairs, figures, refused = labels.pairs(
             self.config, self.prompts, files, responses, scores, comparisons
         )
         stored = read_pairs(files.pairs)
@@ -190,8 +190,8 @@ class Replay:
             _require(path)
         responses = results.reward_answers(self.config, self.heldout, self.run, _Stored(), Ranks())
         asked = [""] * len(responses)
-        scores = results.score_once(_Stored(), asked, responses, file, Ranks())
-        return results.scored(self.heldout, responses, scores)
+        scores = labels.score_once(_Stored(), asked, responses, file, Ranks())
+        return labels.scored(self.heldout, responses, scores)
 
     def rewards(self) -> str:
         said = f"{len(self.rewarded)} answers, as they were asked for"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cai_scale import cli, results
+from cai_scale import cli, labels
 from cai_scale.errors import GateError
 from cai_scale.preferences.audit import _grams, _repeated, audit, audit_again, flip_rate
 from cai_scale.preferences.limits import LIMITS, Finding, judge, require_sound
@@ -353,7 +353,7 @@ def test_a_file_of_scores_says_why_there_is_none(tmp_path: Path) -> None:
     texts = ["useful", "", "odd", "useful and more"]
     responses = [response("p", i, text) for i, text in enumerate(texts)]
     file = files.scores(files.rollouts)
-    results.score_once(Picky(), ["p"] * 4, responses, file, Ranks())
+    labels.score_once(Picky(), ["p"] * 4, responses, file, Ranks())
     assert [(row["sample"], row.get("why")) for _, row in read_jsonl(file)] == [
         (0, None),
         (1, "empty answer"),
@@ -362,11 +362,11 @@ def test_a_file_of_scores_says_why_there_is_none(tmp_path: Path) -> None:
     ]
     revised = [response("p", 1_000_001, "useful"), response("p", 1_000_003, "worse")]
     write_jsonl(files.revisions(), revised)
-    results.score_once(Picky(), ["p"] * 2, revised, files.scores(files.revisions()), Ranks())
+    labels.score_once(Picky(), ["p"] * 2, revised, files.scores(files.revisions()), Ranks())
     write_jsonl(files.revisions(2), revised[:1])
-    results.score_once(Picky(), ["p"], revised[:1], files.scores(files.revisions(2)), Ranks())
+    labels.score_once(Picky(), ["p"], revised[:1], files.scores(files.revisions(2)), Ranks())
     # The second try's is no better than the first's, which it revised.
-    assert results.revisions(files) == {"asked": 3, "better": 1}
+    assert labels.revisions(files) == {"asked": 3, "better": 1}
 
 
 # The command.

@@ -16,7 +16,7 @@ def main() -> None:
 
     from accelerate.state import AcceleratorState, GradientState
 
-    from cai_scale import pipeline, ranks, results
+    from cai_scale import labels, pipeline, ranks
     from cai_scale.config import Config
     from cai_scale.job import start
     from cai_scale.preferences.pairs import read_pairs
@@ -60,7 +60,7 @@ def main() -> None:
             elif job.ranks.main:
                 write_json(job.run.round(1).audit, read_json(stored.audit))
             ranks.wait_for(job.run.round(1).audit)
-            answers = results.scored(job.prompts, responses, scores)
+            answers = labels.scored(job.prompts, responses, scores)
             pipeline.train(job, 1, answers, pairs)
     ranks.leave()
 

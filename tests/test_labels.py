@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cai_scale import results
+from cai_scale import labels
 from cai_scale.config import Config
 from cai_scale.records import Prompt, Response, write_jsonl
 from cai_scale.runs import Round
@@ -62,7 +62,7 @@ def files(tmp_path: Path) -> Round:
 def pairs(files: Round, comparisons: Any = None, **settings: Any) -> Any:
     asked = [Prompt(id=name, messages=({"role": "user", "content": name},)) for name in "abcd"]
     config = Config(pairs="revisions", **settings)
-    return results.pairs(config, asked, files, [], [], comparisons)
+    return labels.pairs(config, asked, files, [], [], comparisons)
 
 
 def test_by_scores(files: Round) -> None:
