@@ -146,6 +146,13 @@ def test_one_question_that_stalls_does_not_end_the_others(monkeypatch: pytest.Mo
     assert found[0].why == "no reply in time (it is slow)"
 
 
+def test_a_question_alone_that_stalls_is_an_abstention_while_the_server_lives() -> None:
+    with Server(faults=1.0, kinds=["stall"], most=100).thread() as url:
+        judge = make(url, mode="absolute", deadline=1.0)
+        assert judge.score(["p"], ["an answer"]) == [None]
+        assert judge.why("p", "an answer") == "no reply in time (it is slow)"
+
+
 def dialect(script: Any) -> Server:
     """A server that answers some bodies in its own way: `script(body)` is an answer or None."""
     server = Server()

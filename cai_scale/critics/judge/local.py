@@ -97,12 +97,16 @@ class LocalModel:
             )
             for subject, question in asked
         ]
+        # A new one each time: it remembers the tokens of every prompt.
+        sampler = TransformersSampler(
+            lambda: self._model, self._tokenizer, max_new_tokens=self.tokens, top_p=0.95, top_k=50
+        )
         return {
             request.prompt_id: (
-                Spent(1, self._sampler.prompt_tokens(request), completion.tokens),
+                Spent(1, sampler.prompt_tokens(request), completion.tokens),
                 completion.text,
             )
-            for request, completion in self._sampler.sample([requests] if requests else [])
+            for request, completion in sampler.sample([requests] if requests else [])
         }
 
     def _first_token(self, messages: Sequence[Message]) -> tuple[int, list[tuple[str, float]]]:
@@ -111,9 +115,9 @@ class LocalModel:
 
         encoded = self._tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        ).to(self._sampler.model.device)
+        ).to(self._model.device)
         with torch.inference_mode():
-            logits = self._sampler.model(**encoded).logits[0, -1].float().log_softmax(-1)
+            logits = self._model(**encoded).logits[0, -1].float().log_softmax(-1)
         values, tokens = logits.topk(20)
         names = self._tokenizer.convert_ids_to_tokens(tokens.tolist())
         texts = [self._tokenizer.convert_tokens_to_string([name]) for name in names]
@@ -124,18 +128,12 @@ class LocalModel:
         return models.load_tokenizer(self.name)
 
     @cached_property
-    def _sampler(self) -> TransformersSampler:
+    def _model(self) -> Any:
         import torch
 
         dtype = torch.float32 if models.device().type == "cpu" else torch.bfloat16
-
-        def load() -> Any:
-            with models.whole():
-                return models.load_trained(self.name, None, dtype)
-
-        return TransformersSampler(
-            load, self._tokenizer, max_new_tokens=self.tokens, top_p=0.95, top_k=50
-        )
+        with models.whole():
+            return models.load_trained(self.name, None, dtype)
 
 
 def _read(question: Question, reply: Any) -> dict[str, float]:

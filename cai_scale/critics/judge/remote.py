@@ -44,7 +44,7 @@ class RemoteModel:
         """
         self.url, self.name = url, name
         self.concurrency, self.deadline, self.tokens = concurrency, deadline, tokens
-        self._settled = 0
+        self._settled = self._under_way = 0
         self._dialect = _Dialect()
 
     def ask(
@@ -63,10 +63,13 @@ class RemoteModel:
     ) -> None:
         async def work() -> None:
             for subject, question in questions:
+                self._under_way += 1
                 found = await self._settle(client, question, budget)
+                self._under_way -= 1
                 self._settled += 1
                 settle(subject, found)
 
+        self._under_way = 0
         async with endpoint.async_client(self.url, timeout=self.deadline) as client:
             workers = [asyncio.create_task(work()) for _ in range(self.concurrency)]
             try:
@@ -84,12 +87,23 @@ class RemoteModel:
                 return await self._tries(client, question, asked)
         except TimeoutError:
             pass
-        if self._settled == before:  # not this question: the server
+        alone = self._under_way == 1 and await self._lives(client)
+        if self._settled == before and not alone:  # not this question: the server
             raise ServerError(
                 f"server {self.url} has settled nothing within {self.deadline:g} seconds "
                 f"({asked.trouble}); mend it, then continue with --resume"
             )
         return Verdict(None, f"no reply in time ({asked.trouble})", asked.spent)
+
+    async def _lives(self, client: "AsyncOpenAI") -> bool:
+        """Whether the server answers at all."""
+        from openai import OpenAIError
+
+        try:
+            await client.with_options(timeout=endpoint.CHECK_SECONDS).models.list()
+        except OpenAIError:
+            return False
+        return True
 
     async def _tries(self, client: "AsyncOpenAI", question: Question, asked: "_Asked") -> Verdict:
         from openai import APIStatusError, OpenAIError
