@@ -80,6 +80,19 @@ def models_of(url: str, flag: str) -> list[str]:
             ) from None
 
 
+def answers(url: str, model: str, timeout: float) -> bool:
+    """Whether the model at an address writes a token within so many seconds."""
+    from openai import OpenAIError
+
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    with client(url, timeout=timeout) as asking:
+        try:
+            asking.post("/chat/completions", cast_to=object, body=body)
+        except OpenAIError:
+            return False
+    return True
+
+
 def check_model(url: str, names: Sequence[str], model: str, flag: str) -> None:
     """Complain about a model that the server does not list; `flag` is what it was given by."""
     if model not in names:

@@ -2,11 +2,13 @@
 
 import contextlib
 import html
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,8 +18,9 @@ import pytest
 
 from cai_scale import constitution as constitutions
 from cai_scale import prompts
+from cai_scale.critics import DISAGREE
 from cai_scale.critics import judge as judges
-from cai_scale.critics.judge import Settings, remote
+from cai_scale.critics.judge import Judge, Settings, remote
 from cai_scale.critics.judge.questions import fenced
 from cai_scale.preferences.pairs import read_pairs
 from cai_scale.records import read_json, read_jsonl
@@ -96,7 +99,7 @@ def test_a_judge_that_compares_labels_the_pairs(
     assert result.returncode == 0, result.stderr[-3000:]
     files = run.round(1)
     pairs = read_pairs(files.pairs)
-    assert len(pairs) > 10
+    assert len(pairs) >= 8  # of 10 prompts
     for pair in pairs:
         assert set(pair.chosen.principles) <= set(ids)
         [name] = pair.chosen.principles
@@ -116,7 +119,7 @@ def test_a_judge_that_compares_labels_the_pairs(
     text = file.read_text()
     index = text.index('"lean": ') + len('"lean": ')
     file.write_text(text[:index] + '-0.123, "was": ' + text[index:])
-    assert "pair" in broken(run)
+    assert {"answers": "pair", "revisions": "revise"}[of] in broken(run)
 
 
 @contextlib.contextmanager
@@ -124,7 +127,14 @@ def transformers_serving(folder: Path) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
     command += ["--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # It lists what the hub's cache holds, and fails where there is none.
+    (folder / "cache").mkdir()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"HF_HUB_CACHE": str(folder / "cache")},
+    )
     url = f"http://127.0.0.1:{port}/v1"
     try:
         deadline = time.monotonic() + 120
@@ -161,8 +171,21 @@ def settings(url: str | None, **more: Any) -> Settings:
     return Settings(url=url, principles="one", reply_tokens=24, concurrency=8, **more)
 
 
+def letters(judge: Judge, columns: Sequence[Sequence[str]]) -> list[float]:
+    """P(A) of every question about these answers, in both orders."""
+    asked = (
+        subject
+        for two in zip(*columns, strict=True)
+        for both in judge._orders(*two)
+        for subject, _ in both
+    )
+    verdicts = [judge.journal.get(subject) for subject in asked]
+    return [value for verdict in verdicts for value in verdict.values.values()]  # type: ignore[union-attr]
+
+
 def test_the_default_model_labels_behind_this_projects_server(served: Path, tmp_path: Path) -> None:
-    """Its soft labels are those of the same model in torch, in this process."""
+    """Its soft labels are those of the same model in torch, in this process. So small a model goes
+    by the place: most of its labels are ties, and swapped answers swap whatever it says."""
     rules, given = constitutions.load(), fifty()
     command = ["-m", "cai_scale.cli", "serve", "--bundle", str(served), "--port", "0"]
     with serving(*command, timeout=400) as (address, _):
@@ -173,12 +196,13 @@ def test_the_default_model_labels_behind_this_projects_server(served: Path, tmp_
         again = asked.compare(given[0], given[2], given[1])
     assert asked.spent["calls"] == len(asked.journal) == 100
     assert [p.lean for p in again] == [-(p.lean or 0.0) for p in found]
-    assert all(p.lean is not None for p in found)
+    assert all(p.lean or p.why == DISAGREE for p in found)
     local = judges.load(rules, settings(None, model=DEFAULT, mode="logprob"), shown=False)
-    few = local.compare(*(column[:6] for column in given))
-    for one, other in zip(few, found, strict=False):
-        assert one.lean == pytest.approx(other.lean, abs=2e-3)
-    assert [p.principles for p in found] != [p.principles for p in again]
+    few = [column[:6] for column in given]
+    local.compare(*few)
+    expected = letters(local, few)
+    assert letters(asked, few) == pytest.approx(expected, abs=1e-3)
+    assert max(expected) - min(expected) > 0.02  # the control: other questions, other numbers
 
 
 def test_the_default_model_labels_behind_transformers(
@@ -195,10 +219,10 @@ def test_the_default_model_labels_behind_transformers(
     models.load_tokenizer(DEFAULT).save_pretrained(folder)
     with transformers_serving(folder) as url:
         given = settings(url, model=str(folder), mode="pairwise")
+        judges.check(given)
         asked = judges.load(constitutions.load(), given, journal=tmp_path / "b", shown=False)
         found = asked.compare(*fifty())
     assert len(found) == 50 and len(asked.journal) == 100
     for preference in found:
         assert (preference.lean is None) == preference.why.startswith("no valid reply")
-    labelled = sum(preference.lean is not None for preference in found)
-    print(f"{labelled} of 50 labelled")
+    print(Counter(preference.why for preference in found))

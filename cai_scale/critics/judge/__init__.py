@@ -43,7 +43,10 @@ def check(settings: Settings) -> None:
     model = _model(settings)
     if settings.url is not None:
         names = endpoint.models_of(settings.url, "--judge_url")
-        endpoint.check_model(settings.url, names, model.name, "--judge_model")
+        # Some servers have models that they do not list, such as folders.
+        listed = model.name in names
+        if not listed and not endpoint.answers(settings.url, model.name, settings.deadline):
+            endpoint.check_model(settings.url, names, model.name, "--judge_model")
     else:
         from cai_scale.training import models
 
