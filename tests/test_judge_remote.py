@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from cai_scale import constitution as constitutions
 from cai_scale import endpoint
 from cai_scale.critics import judge as judges
 from cai_scale.critics.judge import Settings, remote
+from cai_scale.critics.judge.journal import Journal
 from cai_scale.errors import ConfigError, ServerError
 from cai_scale.records import Preference
 from judge_faults import KINDS
@@ -237,7 +237,7 @@ def test_nothing_is_lost_or_doubled_when_calls_fail_and_the_labeller_is_killed(
     again. Of what was under way at a kill, nobody can know whether it was answered."""
     count, journal, log = 10_000, tmp_path / "labels.sqlite", tmp_path / "log.jsonl"
     planted = comparisons(count)
-    flags = ["--faults", "0.3", "--most", "3", "--retry_after", "0.02", "--log", str(log)]
+    flags = ["--faults", "0.3", "--most", "2", "--retry_after", "0.02", "--log", str(log)]
     kills = 0
     draw = random.Random(0)
     with serving(str(TESTS / "judge_server.py"), *flags, timeout=1000) as (url, _):
@@ -248,17 +248,17 @@ def test_nothing_is_lost_or_doubled_when_calls_fail_and_the_labeller_is_killed(
         while not (tmp_path / "found.json").exists():
             process = subprocess.Popen(command, env=environment)
             try:
-                assert process.wait(draw.uniform(3, 12) if kills < 8 else 600) == 0
+                assert process.wait(draw.uniform(2, 6) if kills < 8 else 600) == 0
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 kills += 1
     found = json.loads((tmp_path / "found.json").read_text())
     assert [(lean > 0) - (lean < 0) for lean, _ in found] == [one.label for one in planted]
+    assert kills >= 4 and len(Journal(journal)) == 2 * count
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    answered = Counter(line["hash"] for line in lines if line["fault"] == "ok")
-    assert kills == 8 and len(answered) == 2 * count
-    assert sum(answered.values()) <= 2 * count + kills * 64
+    answered = sum(line["fault"] == "ok" for line in lines)
+    assert 2 * count <= answered <= 2 * count + kills * 64
     share = sum(line["fault"] != "ok" for line in lines) / len(lines)
     assert 0.25 < share < 0.35
 

@@ -21,7 +21,7 @@ from cai_scale.records import Message
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
-REPLIES = 5  # to one question that are no verdict, before there is none
+REPLIES = 6  # to one question that are no verdict, before there is none
 RETRY_TEMPERATURE = 0.7  # the likeliest reply was none: ask for another
 MOST_CUTS = 3  # a reply that was cut is asked for again with twice the tokens
 TOP_LOGPROBS = 20  # the most that the protocol has
