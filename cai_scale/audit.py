@@ -10,7 +10,7 @@ from cai_scale import constitution as constitutions
 from cai_scale import runs
 from cai_scale.commands import Parser
 from cai_scale.constitution import Constitution
-from cai_scale.critics import load_critic
+from cai_scale.critics import flags
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.preferences.audit import audit_again
 from cai_scale.preferences.labelled import read_labelled
@@ -57,11 +57,12 @@ def main(arguments: Sequence[str]) -> int:
         "--constitution", help="a YAML file (default: the run's; the bundled one for a file)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    flags.add(parser)
     options = parser.parse_args(arguments)
     source_of = _of_run if options.pairs is None else _of_file
     path, figures, constitution, name = source_of(options)
     pairs = read_labelled(path)
-    critic = None if name == NOBODY else load_critic(name, constitution)
+    critic = None if name == NOBODY else flags.load(name, options, constitution)
     figures = audit_again(figures, pairs, critic)
     findings = judge(figures)
     if options.json:

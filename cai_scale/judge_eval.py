@@ -14,7 +14,7 @@ from typing import Any
 
 from cai_scale import constitution as constitutions
 from cai_scale.commands import Parser, require
-from cai_scale.critics import Comparer, Critic, flags
+from cai_scale.critics import NAMES, Comparer, Critic, flags
 from cai_scale.errors import ConfigError, DataError, MissingError
 from cai_scale.evaluation.agreement import LabelledPair, agreement, verdict
 from cai_scale.records import Preference, canonical, read_jsonl, sha256, write_json, write_jsonl
@@ -38,16 +38,22 @@ def main(arguments: Sequence[str]) -> int:
         metavar="FILE",
         help="JSON Lines with prompt, chosen and rejected, and perhaps id, category and lang",
     )
-    flags.add(parser)
+    parser.add_argument(
+        "--critic",
+        default="lexicon",
+        help=f"{', '.join(NAMES)}, or several with weights (default: %(default)s)",
+    )
+    parser.add_argument("--constitution", help="a YAML file (default: the bundled one)")
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N pairs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="write a row for each pair there")
+    flags.add(parser)
     options = parser.parse_args(arguments)
     require("judge-eval", "judge", "rich")
     _check(options)
     constitution = constitutions.load(options.constitution)
     pairs = read_pairs(options.data, options.limit)
-    critic = flags.load(options, constitution)
+    critic = flags.load(options.critic, options, constitution)
     started = time.perf_counter()
     preferences = ask(critic, pairs)
     seconds = time.perf_counter() - started

@@ -184,6 +184,18 @@ def test_answers_that_the_critic_does_not_score_flip_nothing() -> None:
     assert "flip_rate" not in audit(pairs, {})
 
 
+def test_a_comparer_reverses_labels_too() -> None:
+    class Comparing:
+        name = "comparing"
+
+        def compare(
+            self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]
+        ) -> list[Preference]:
+            return [Preference(lean) for lean in (1.0, -0.5, 0.0, None)]
+
+    assert flip_rate([pair(n) for n in range(4)], Comparing()) == (1 / 3, 3)
+
+
 # (figure, the share where it begins to warn, where to refuse), at each end that it has.
 ENDS = [
     ("chosen_cooler", 0.3, 0.1),

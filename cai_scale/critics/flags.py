@@ -1,4 +1,4 @@
-"""The critic of a command that asks one outside a run: `--critic`, `--judge_…`, `--journal`."""
+"""The critic of a command that asks one outside a run, by its name and the flags of a judge."""
 
 import argparse
 from pathlib import Path
@@ -6,17 +6,11 @@ from pathlib import Path
 from cai_scale import config
 from cai_scale.commands import Parser
 from cai_scale.constitution import Constitution
-from cai_scale.critics import NAMES, Comparer, Critic, judge, load_critic
+from cai_scale.critics import Comparer, Critic, judge, load_critic
 
 
 def add(parser: Parser) -> None:
-    """Add the flags."""
-    parser.add_argument(
-        "--critic",
-        default="lexicon",
-        help=f"{', '.join(NAMES)}, or several with weights (default: %(default)s)",
-    )
-    parser.add_argument("--constitution", help="a YAML file (default: the bundled one)")
+    """Add the flags of a judge: `--judge_…` and `--journal`."""
     config.add_flags(parser, "judge_")
     parser.add_argument(
         "--journal",
@@ -26,18 +20,18 @@ def add(parser: Parser) -> None:
     )
 
 
-def load(options: argparse.Namespace, constitution: Constitution) -> Critic | Comparer:
-    """The critic that the flags name.
+def load(name: str, options: argparse.Namespace, constitution: Constitution) -> Critic | Comparer:
+    """The critic of that name; a judge by the flags.
 
     Raises:
         CaiError: there is none, or the flags do not fit.
     """
-    given = {name: value for name, value in vars(options).items() if name.startswith("judge_")}
-    settings = config.from_dict({"critic": options.critic, **given}, "flags")
+    given = {key: value for key, value in vars(options).items() if key.startswith("judge_")}
+    settings = config.from_dict({"critic": name, **given}, "flags")
     if not settings.judged:
-        return load_critic(options.critic, constitution)
+        return load_critic(name, constitution)
     judge.check(settings.judge)
     asked = judge.load(constitution, settings.judge, journal=options.journal)
     if settings.labels_pairs:
         return asked
-    return load_critic(options.critic, constitution, judge=asked)
+    return load_critic(name, constitution, judge=asked)

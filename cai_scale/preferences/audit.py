@@ -7,7 +7,7 @@ from math import ceil, isfinite
 from statistics import median
 from typing import Any
 
-from cai_scale.critics import DISAGREE, INVALID, Critic
+from cai_scale.critics import DISAGREE, INVALID, Comparer, Critic
 from cai_scale.errors import DataError
 from cai_scale.preferences.pairs import NEAR, Refusal
 from cai_scale.records import Candidate, Pair
@@ -41,7 +41,7 @@ def audit(
 
 
 def audit_again(
-    figures: Mapping[str, Any], pairs: Sequence[Pair], critic: Critic | None = None
+    figures: Mapping[str, Any], pairs: Sequence[Pair], critic: Critic | Comparer | None = None
 ) -> dict[str, Any]:
     """The figures of pairs as they are now; those of what was refused are taken over.
 
@@ -50,11 +50,14 @@ def audit_again(
     return _measured(figures, pairs, {"flip_rate": flip_rate(pairs, critic)} if critic else {})
 
 
-def flip_rate(pairs: Sequence[Pair], critic: Critic) -> Share:
-    """How often a critic scores the rejected answer higher, of the pairs that it scores."""
+def flip_rate(pairs: Sequence[Pair], critic: Critic | Comparer) -> Share:
+    """How often a critic finds the rejected answer better, of the pairs that it judges."""
     prompts = [pair.messages[-1]["content"] for pair in pairs]
-    chosen = critic.score(prompts, [pair.chosen.text for pair in pairs])
-    rejected = critic.score(prompts, [pair.rejected.text for pair in pairs])
+    both = [pair.chosen.text for pair in pairs], [pair.rejected.text for pair in pairs]
+    if isinstance(critic, Comparer):
+        leans = [preference.lean for preference in critic.compare(prompts, *both)]
+        return _share(lean < -NEAR for lean in leans if lean is not None)
+    chosen, rejected = (critic.score(prompts, texts) for texts in both)
     scored = [(c, r) for c, r in zip(chosen, rejected, strict=True) if c and r]
     return _share(r.overall - c.overall > NEAR for c, r in scored)
 
