@@ -48,7 +48,7 @@ class Budget:
             if limit is not None and spent is not None and spent >= limit:
                 raise BudgetError(
                     f"the judge's budget is spent: {self} of --judge_max_{what} {limit:g}; raise "
-                    f"it and continue with --resume, which keeps every verdict"
+                    f"it and continue, a run with --resume: the journal has every verdict"
                 )
 
     def rate(self, seconds: float) -> str:
