@@ -126,7 +126,7 @@ def pause(error: "OpenAIError", tries: int) -> float:
     """Seconds to the next try: what the server asks for, or longer each time, and not all alike."""
     response = getattr(error, "response", None)
     asked = _seconds(response.headers.get("retry-after", "")) if response is not None else None
-    if asked is not None:
+    if asked:
         return asked
     return float(min(FIRST_PAUSE * 2 ** min(tries, 16), LONGEST_PAUSE)) * random.uniform(0.75, 1)
 
@@ -156,5 +156,6 @@ def reason(error: "OpenAIError") -> str:
     else:
         text = str(error)
     key = os.environ.get(KEY)
+    text = text.encode("utf-8", "replace").decode()
     text = " ".join((text.replace(key, "…") if key else text).split())
     return text if len(text) <= 200 else text[:199] + "…"

@@ -217,7 +217,7 @@ def test_a_file_that_is_no_journal(tmp_path: Path) -> None:
     file = tmp_path / "labels.sqlite"
     file.write_text("something else, and longer than a header " * 10)
     with pytest.raises(DataError, match="cannot be used as the journal"):
-        Journal(file).spent()
+        Journal(file).spent("j")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_probability_is_that_of_the_model(
         expected = mass[letters[0]] / sum(mass.values())
         assert list(found.values.values()) == [pytest.approx(expected, abs=1e-5)]
         assert 0 < expected < 1
-    assert judge.journal.spent().tokens_in == sum(map(len, ids))
+    assert judge.journal.spent(judge.model.name).tokens_in == sum(map(len, ids))
 
 
 @pytest.mark.parametrize("thinking", [False, True])

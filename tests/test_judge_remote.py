@@ -18,7 +18,7 @@ from cai_scale import endpoint
 from cai_scale.critics import judge as judges
 from cai_scale.critics.judge import Settings, remote
 from cai_scale.critics.judge.journal import Journal
-from cai_scale.errors import ConfigError, ServerError
+from cai_scale.errors import BudgetError, ConfigError, ServerError
 from cai_scale.records import Preference
 from judge_faults import KINDS
 from judge_server import Judge as Server
@@ -117,11 +117,17 @@ def test_a_question_that_gets_no_verdict_is_an_abstention() -> None:
         [found] = labels(judge, comparisons(1))
         assert (found.lean, found.why) == (None, "no valid reply (the reply is not JSON)")
         assert judge.spent["calls"] == 2 * remote.REPLIES
-        assert judge.journal.spent().calls == 2 * remote.REPLIES
+        assert judge.journal.spent(judge.model.name).calls == 2 * remote.REPLIES
 
 
 def test_a_server_that_settles_nothing_ends_the_asking() -> None:
-    with Server(faults=1.0, kinds=["stall"], most=100).thread() as url:
+    server = Server()
+
+    async def stuck(raw: bytes, reader: Any, writer: Any) -> None:
+        await reader.read()  # until the client leaves
+
+    server._answer = stuck  # type: ignore[method-assign]
+    with server.thread() as url:
         started = time.monotonic()
         with pytest.raises(ServerError, match=r"has settled nothing within 1 seconds \(it is slow"):
             labels(make(url, deadline=1.0), comparisons(1))
@@ -146,15 +152,26 @@ def test_one_question_that_stalls_does_not_end_the_others(monkeypatch: pytest.Mo
     assert found[0].why == "no reply in time (it is slow)"
 
 
-def test_a_question_alone_that_stalls_is_an_abstention_while_the_server_lives() -> None:
-    with Server(faults=1.0, kinds=["stall"], most=100).thread() as url:
-        judge = make(url, mode="absolute", deadline=1.0)
-        assert judge.score(["p"], ["an answer"]) == [None]
-        assert judge.why("p", "an answer") == "no reply in time (it is slow)"
+def test_questions_that_stall_abstain_while_the_server_answers_others(tmp_path: Path) -> None:
+    """They are asked again by the next start."""
+    server = Server(faults=1.0, kinds=["stall"], most=8)
+    with server.thread() as url:
+        for deadline, expected, why in (
+            (1.0, None, "no reply in time (it is slow)"),
+            (20.0, 1, ""),
+        ):
+            given = Settings(url=url, mode="pairwise", principles="one", deadline=deadline)
+            judge = judges.load(RULES, given, journal=tmp_path / "j", shown=False)
+            server.most = 8 if expected is None else 0
+            [found] = labels(judge, [Comparison("p", text_of(0.9), text_of(0.1), 1)])
+            assert (found.lean, found.why) == (expected, why)
+        judge.journal.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["j"]
 
 
-def dialect(script: Any) -> Server:
-    """A server that answers some bodies in its own way: `script(body)` is an answer or None."""
+def dialect(script: Any, content: Any = None) -> Server:
+    """A server that answers some bodies in its own way: `script(body)` is a status and a message,
+    or None; with `content` it answers with that."""
     server = Server()
     answer = server._answer
 
@@ -167,12 +184,13 @@ def dialect(script: Any) -> Server:
             await answer(raw, reader, writer)
         else:
             code, message = status
-            await _send(json_answer({"error": {"message": message}}, code), writer)
+            await _send(json_answer(content or {"error": {"message": message}}, code), writer)
 
     server._answer = own  # type: ignore[method-assign]
     return server
 
 
+@pytest.mark.parametrize("concurrency", [1, 16])
 @pytest.mark.parametrize(
     ("field", "said"),
     [
@@ -182,11 +200,12 @@ def dialect(script: Any) -> Server:
         ("temperature", "temperature must be 1"),
     ],
 )
-def test_what_a_server_does_not_know_is_left_out(field: str, said: str) -> None:
+def test_what_a_server_does_not_know_is_left_out(field: str, said: str, concurrency: int) -> None:
     server = dialect(lambda body: (422, said) if field in body else None)
     planted = comparisons(40)
     with server.thread() as url:
-        assert signs(labels(make(url, concurrency=1), planted)) == [o.label for o in planted]
+        judge = make(url, concurrency=concurrency)
+        assert signs(labels(judge, planted)) == [one.label for one in planted]
 
 
 def test_a_question_that_the_server_refuses_is_an_abstention() -> None:
@@ -269,3 +288,42 @@ def test_a_port_that_nobody_listens_on_is_said_at_once() -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(ServerError, match="has settled nothing within 1 seconds"):
         labels(make(url, model="m", deadline=1.0), comparisons(1))
+
+
+def test_a_reply_that_was_cut_is_paid_for_and_asked_for_with_more_room() -> None:
+    """A model that thinks says nothing until it is done."""
+    limits = []
+
+    def script(body: dict[str, Any]) -> tuple[int, str] | None:
+        limits.append(body["max_tokens"])
+        return None if body["max_tokens"] >= 1024 else (200, "")
+
+    cut = {
+        "choices": [{"message": {"content": None}, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 7, "completion_tokens": 256},
+    }
+    with dialect(script, cut).thread() as url:
+        judge = make(url, mode="absolute")
+        assert judge.score(["p"], [text_of(0.5)]) != [None]
+    assert limits == [256, 512, 1024]
+    assert judge.spent["calls"] == 3 and judge.spent["prompt_tokens"] > 14
+
+
+def test_a_budget_lets_what_is_under_way_finish() -> None:
+    server = Server(latency=0.05)
+    with server.thread() as url:
+        judge = make(url, max_tokens=1, concurrency=8)
+        with pytest.raises(BudgetError, match="is spent"):
+            labels(judge, comparisons(40))
+    assert len(judge.journal) == server.outcomes["ok"] == 8
+
+
+def test_an_odd_first_answer_does_not_end_a_run_by_letters() -> None:
+    with Server(faults=1.0, kinds=["text"], most=100).thread() as url:
+        [found] = labels(make(url, mode="logprob"), comparisons(1))
+    assert found.why == "no valid reply (the reply begins with neither A nor B)"
+    with (
+        Server(faults=1.0, kinds=["missing"], most=100).thread() as url,
+        pytest.raises(ServerError, match="gives no log-probabilities"),
+    ):
+        labels(make(url, mode="logprob"), comparisons(1))

@@ -1,7 +1,9 @@
 """Scores and preferences from a judge's verdicts, each asked for once and kept in a journal."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import cache, cached_property
 from typing import Protocol
 
@@ -69,7 +71,7 @@ class Judge:
             tokens=self.settings.max_tokens,
             money=self.settings.max_cost,
             prices=self.settings.prices,
-            spent=self.journal.spent(),
+            spent=self.journal.spent(self.model.name),
         )
 
     @property
@@ -97,13 +99,15 @@ class Judge:
         """
         given = list(zip(prompts, responses, strict=True))
         full = [one for one in given if not blank(one[1])]
-        self._settle((self._rating(*one) for one in full), len(full))
-        return [self._score(*one) for one in given]
+        with closing(self.journal):
+            self._settle((self._rating(*one) for one in full), len(full))
+            return [self._score(*one) for one in given]
 
     def why(self, prompt: str, response: str) -> str:
         if blank(response):
             return EMPTY
-        found = self.journal.get(self._rating(prompt, response)[0])
+        with closing(self.journal):
+            found = self.journal.get(self._rating(prompt, response)[0])
         return found.why if found else "not judged"
 
     def compare(
@@ -113,8 +117,9 @@ class Judge:
         given = list(zip(prompts, firsts, seconds, strict=True))
         each = len(self.constitution.principles) if self._one_by_one else 1
         asked = (question for two in given for both in self._orders(*two) for question in both)
-        self._settle(asked, 2 * each * len(given))
-        return [self._preference(*two) for two in given]
+        with closing(self.journal):
+            self._settle(asked, 2 * each * len(given))
+            return [self._preference(*two) for two in given]
 
     def _score(self, prompt: str, response: str) -> Score | None:
         if blank(response):
@@ -233,7 +238,7 @@ class Judge:
 
         def new() -> Iterator[tuple[Subject, Question]]:
             for subject, question in asked:
-                if subject.key in pending or subject in self.journal:
+                if subject.key in pending or self.journal.settled(subject):
                     bar.advance(task)
                 else:
                     pending.add(subject.key)
@@ -245,9 +250,8 @@ class Judge:
             rate = self.budget.rate(bar.tasks[0].elapsed or 1e-9)
             bar.update(task, advance=1, rate=rate)
 
+        unsettled = new()
         with progress_bar(self.shown) as bar:
             task = bar.add_task("judging", total=total, rate="")
-            try:
-                self.model.ask(new(), settle, self.budget)
-            finally:
-                self.journal.flush()
+            if (first := next(unsettled, None)) is not None:
+                self.model.ask(itertools.chain([first], unsettled), settle, self.budget)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from cai_scale.errors import DataError
 
@@ -68,6 +69,7 @@ class Spent:
 
 
 NOTHING = Spent()
+LATE = "no reply in time"  # why there is no verdict yet
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def digest(text: str) -> str:
 
 
 class Journal:
-    """Verdicts by key. One process writes it at a time; without a path it is kept in memory."""
+    """Verdicts by subject. One process writes it at a time; without a path it is kept in memory."""
 
     def __init__(self, path: Path | None = None) -> None:
         """The file is opened at the first use; a `DataError` then says that it is no journal."""
@@ -110,41 +112,45 @@ class Journal:
 
     def get(self, subject: Subject) -> Verdict | None:
         """The verdict on a subject; None where it has not been given."""
-        query = "SELECT verdict, why FROM verdicts WHERE key = ?"
-        row = self._file.execute(query, (subject.key,)).fetchone()
-        return row and Verdict(row[0] and json.loads(row[0]), row[1])
+        rows = self._run("SELECT verdict, why FROM verdicts WHERE key = ?", subject.key)
+        return Verdict(rows[0][0] and json.loads(rows[0][0]), rows[0][1]) if rows else None
 
-    def __contains__(self, subject: Subject) -> bool:
-        query = "SELECT 1 FROM verdicts WHERE key = ?"
-        return self._file.execute(query, (subject.key,)).fetchone() is not None
+    def settled(self, subject: Subject) -> bool:
+        """Whether a subject has its verdict, or will get none; a late reply may come yet."""
+        found = self.get(subject)
+        return found is not None and not found.why.startswith(LATE)
 
     def __len__(self) -> int:
-        return int(self._file.execute("SELECT count(*) FROM verdicts").fetchone()[0])
+        return int(self._run("SELECT count(*) FROM verdicts")[0][0])
 
     def put(self, subject: Subject, verdict: Verdict) -> None:
-        """Keep a verdict; the first of a subject stays.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
+        """Keep a verdict; it stays, unless it was late. Raises `DataError` where it cannot be."""
         values = None if verdict.values is None else json.dumps(dict(verdict.values))
         counts = astuple(verdict.spent)
-        try:
-            self._file.execute(
-                "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (subject.key, *astuple(subject), values, verdict.why, *counts),
-            )
-        except sqlite3.Error as error:
-            raise DataError(f"{self.path} cannot be written ({error}); free some space") from None
+        self._run(
+            "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO "
+            "UPDATE SET verdict = excluded.verdict, why = excluded.why, "
+            "calls = calls + excluded.calls, tokens_in = tokens_in + excluded.tokens_in, "
+            "tokens_out = tokens_out + excluded.tokens_out WHERE why LIKE ?",
+            *(subject.key, *astuple(subject), values, verdict.why, *counts, f"{LATE}%"),
+        )
 
-    def flush(self) -> None:
-        """Bring everything from the log into the one file."""
-        self._file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    def spent(self, judge: str) -> Spent:
+        """What all verdicts of a judge took."""
+        query = "SELECT sum(calls), sum(tokens_in), sum(tokens_out) FROM verdicts WHERE judge = ?"
+        return Spent(*(int(value or 0) for value in self._run(query, judge)[0]))
 
     def close(self) -> None:
-        self._file.close()
+        """Bring everything into the one file; what is kept in memory stays."""
+        if self.path is not None and "_file" in self.__dict__:
+            self._file.close()
+            del self._file
 
-    def spent(self) -> Spent:
-        """What all verdicts in the journal took."""
-        query = "SELECT sum(calls), sum(tokens_in), sum(tokens_out) FROM verdicts"
-        return Spent(*(int(value or 0) for value in self._file.execute(query).fetchone()))
+    def _run(self, query: str, *values: object) -> list[Any]:
+        try:
+            return self._file.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise DataError(
+                f"{self.path} cannot be read or written as the journal of a judge ({error}); free "
+                f"some space, or restore it"
+            ) from None

@@ -60,7 +60,9 @@ class LocalModel:
                 try:
                     settled.append((subject, Verdict(_read(question, reply), "", spent[index])))
                 except DataError as error:
-                    if tries + 1 < REPLIES:
+                    # The letter of the same question is the same again.
+                    last = question.kind == "choose" and question.settle is None
+                    if tries + 1 < REPLIES and not last:
                         again.append(index)
                     else:
                         why = f"{INVALID} ({error})"

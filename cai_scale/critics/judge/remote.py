@@ -13,9 +13,9 @@ from cai_scale import endpoint
 from cai_scale.critics import INVALID
 from cai_scale.critics.judge import verdict
 from cai_scale.critics.judge.budget import Budget
-from cai_scale.critics.judge.journal import Spent, Subject, Verdict
+from cai_scale.critics.judge.journal import LATE, Spent, Subject, Verdict
 from cai_scale.critics.judge.questions import Question, fenced
-from cai_scale.errors import DataError, ServerError
+from cai_scale.errors import CaiError, DataError, ServerError
 from cai_scale.records import Message
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 REPLIES = 6  # to one question that are no verdict, before there is none
 RETRY_TEMPERATURE = 0.7  # the likeliest reply was none: ask for another
 MOST_CUTS = 3  # a reply that was cut is asked for again with twice the tokens
+NO_LETTERS = "the reply has no log-probabilities"
 TOP_LOGPROBS = 20  # the most that the protocol has
 
 Settle = Callable[[Subject, Verdict], None]
@@ -44,7 +45,7 @@ class RemoteModel:
         """
         self.url, self.name = url, name
         self.concurrency, self.deadline, self.tokens = concurrency, deadline, tokens
-        self._settled = self._under_way = 0
+        self._settled = 0
         self._dialect = _Dialect()
 
     def ask(
@@ -61,15 +62,21 @@ class RemoteModel:
     async def _ask_all(
         self, questions: Iterator[tuple[Subject, Question]], settle: Settle, budget: Budget
     ) -> None:
-        async def work() -> None:
-            for subject, question in questions:
-                self._under_way += 1
-                found = await self._settle(client, question, budget)
-                self._under_way -= 1
-                self._settled += 1
-                settle(subject, found)
+        stopped: list[CaiError] = []
 
-        self._under_way = 0
+        async def work() -> None:
+            try:
+                while not stopped:
+                    budget.check()
+                    if (asked := next(questions, None)) is None:
+                        return
+                    subject, question = asked
+                    found = await self._settle(client, question, budget)
+                    self._settled += 1
+                    settle(subject, found)
+            except CaiError as error:  # the others finish what is under way: it is paid for
+                stopped.append(error)
+
         async with endpoint.async_client(self.url, timeout=self.deadline) as client:
             workers = [asyncio.create_task(work()) for _ in range(self.concurrency)]
             try:
@@ -78,6 +85,8 @@ class RemoteModel:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
+        if stopped:
+            raise stopped[0]
 
     async def _settle(self, client: "AsyncOpenAI", question: Question, budget: Budget) -> Verdict:
         """Ask until the reply is a verdict, or it is clear that there will be none."""
@@ -87,21 +96,28 @@ class RemoteModel:
                 return await self._tries(client, question, asked)
         except TimeoutError:
             pass
-        alone = self._under_way == 1 and await self._lives(client)
-        if self._settled == before and not alone:  # not this question: the server
+        if self._settled == before and not await self._lives(client):
             raise ServerError(
                 f"server {self.url} has settled nothing within {self.deadline:g} seconds "
                 f"({asked.trouble}); mend it, then continue with --resume"
             )
-        return Verdict(None, f"no reply in time ({asked.trouble})", asked.spent)
+        return Verdict(None, f"{LATE} ({asked.trouble})", asked.spent)
 
     async def _lives(self, client: "AsyncOpenAI") -> bool:
-        """Whether the server answers at all."""
-        from openai import OpenAIError
+        """Whether it is this question that the server does not answer, or all."""
+        from openai import APIStatusError, OpenAIError
 
+        body = {"model": self.name, "messages": [{"role": "user", "content": "Hello"}]}
         try:
-            await client.with_options(timeout=endpoint.CHECK_SECONDS).models.list()
-        except OpenAIError:
+            async with asyncio.timeout(self.deadline / 4):
+                await client.post(
+                    "/chat/completions",
+                    cast_to=object,
+                    body=self._dialect.of(body | {"max_tokens": 1}),
+                )
+        except APIStatusError as error:
+            return not endpoint.passing(error)
+        except (OpenAIError, TimeoutError, ValueError, RecursionError):
             return False
         return True
 
@@ -109,7 +125,6 @@ class RemoteModel:
         from openai import APIStatusError, OpenAIError
 
         for tries in itertools.count():
-            asked.budget.check()
             try:
                 # A server may send a byte now and then for ever: the client's own timeout, which
                 # counts from one byte to the next, would not end that.
@@ -120,7 +135,7 @@ class RemoteModel:
                 asked.trouble = str(error)
                 asked.invalid += 1
                 if asked.invalid == REPLIES:
-                    if question.kind == "choose" and not self._dialect.understood:
+                    if asked.trouble == NO_LETTERS and not self._dialect.understood:
                         raise self._no_letters(asked.trouble) from None
                     return Verdict(None, f"{INVALID} ({error})", asked.spent)
             except TimeoutError:
@@ -134,7 +149,7 @@ class RemoteModel:
                         f"server {self.url} refuses to judge ({asked.trouble}); mend the cause, "
                         f"then continue with --resume"
                     ) from None
-                elif not self._dialect.adapt(error):
+                elif not self._dialect.adapt(error, asked):
                     if question.kind == "choose" and "logprobs" in asked.trouble:
                         raise self._no_letters(asked.trouble) from None
                     return Verdict(None, f"the server refuses ({asked.trouble})", asked.spent)
@@ -149,7 +164,7 @@ class RemoteModel:
             if question.settle is not None:
                 thought = await self._post(client, messages, asked, {})
                 messages += [
-                    {"role": "assistant", "content": fenced(thought["message"]["content"])},
+                    {"role": "assistant", "content": fenced(_text(thought))},
                     {"role": "user", "content": question.settle},
                 ]
             letter = {"logprobs": True, "top_logprobs": TOP_LOGPROBS, "max_tokens": 1}
@@ -159,9 +174,7 @@ class RemoteModel:
             schema = {"name": "verdict", "strict": True, "schema": question.schema}
             form = {"type": "json_schema", "json_schema": schema}
             choice = await self._post(client, messages, asked, {"response_format": form})
-            if choice.get("finish_reason") == "length":
-                asked.cut = min(asked.cut + 1, MOST_CUTS)
-            values = verdict.read(question, choice["message"]["content"])
+            values = verdict.read(question, _text(choice))
         self._dialect.understood = True
         return values
 
@@ -173,7 +186,7 @@ class RemoteModel:
         form: Mapping[str, Any],
     ) -> Mapping[str, Any]:
         """The first choice of a reply; raises as `_once`."""
-        body = {
+        asked.body = {
             "model": self.name,
             "messages": messages,
             "temperature": RETRY_TEMPERATURE if asked.invalid else 0.0,
@@ -181,14 +194,15 @@ class RemoteModel:
             **form,
         }
         # As plain JSON: to build the library's own types takes as long as all the rest.
+        asked.sent = self._dialect.of(asked.body)
         try:
-            reply = await client.post(
-                "/chat/completions", cast_to=object, body=self._dialect.of(body)
-            )
-        except ValueError:  # of the JSON
+            reply = await client.post("/chat/completions", cast_to=object, body=asked.sent)
+        except (ValueError, RecursionError):  # of the JSON
             raise DataError("the reply is not JSON") from None
-        spent, choice = _read(reply)
-        asked.add(spent)
+        asked.add(_spent(reply))
+        choice = _choice(reply)
+        if choice.get("finish_reason") == "length" and "max_tokens" not in form:
+            asked.cut = min(asked.cut + 1, MOST_CUTS)
         return choice
 
     def _no_letters(self, trouble: str) -> ServerError:
@@ -206,6 +220,8 @@ class _Asked:
         self.invalid = 0  # replies that were no verdict
         self.cut = 0  # replies that were too long
         self.trouble = "it is slow"
+        self.body: dict[str, Any] = {}  # what was to be sent last
+        self.sent: dict[str, Any] = {}  # and what was
 
     def add(self, spent: Spent) -> None:
         self.spent += spent
@@ -227,8 +243,10 @@ class _Dialect:
             if key not in self._left_out
         }
 
-    def adapt(self, error: "APIStatusError") -> bool:
+    def adapt(self, error: "APIStatusError", asked: _Asked) -> bool:
         """Whether the question may be asked again, in other words."""
+        if self.of(asked.body) != asked.sent:  # another question has found them meanwhile
+            return True
         said = str(error.body or error).lower()
         if "max_completion_tokens" in said and not self._renamed:
             self._renamed["max_tokens"] = "max_completion_tokens"
@@ -242,21 +260,32 @@ class _Dialect:
         return False
 
 
-def _read(reply: object) -> tuple[Spent, Mapping[str, Any]]:
-    """What a chat completion took, and its first choice.
+def _spent(reply: object) -> Spent:
+    """What a chat completion took; a count that is none is 0."""
+    usage = reply.get("usage") if isinstance(reply, dict) else None
+    counts = usage if isinstance(usage, dict) else {}
+    tokens = (counts.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    return Spent(1, *(n if isinstance(n, int) and 0 <= n < 2**40 else 0 for n in tokens))
+
+
+def _choice(reply: object) -> Mapping[str, Any]:
+    """The first choice of a chat completion.
 
     Raises:
-        DataError: it is no chat completion.
+        DataError: it is none.
     """
     try:
-        usage = reply.get("usage") or {}  # type: ignore[attr-defined]
-        spent = Spent(1, int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
         choice = reply["choices"][0]  # type: ignore[index]
-        if not isinstance(choice["message"]["content"], str):
+        if not isinstance(choice["message"].get("content"), str | None):
             raise TypeError
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
+    except (AttributeError, IndexError, KeyError, TypeError):
         raise DataError("the reply is no chat completion") from None
-    return spent, choice
+    return choice
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    """What a choice says; nothing where a model has thought until it was cut."""
+    return choice["message"].get("content") or ""
 
 
 def _first_token(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -265,4 +294,4 @@ def _first_token(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
         tops = choice["logprobs"]["content"][0]["top_logprobs"]
         return [(str(top["token"]), float(top["logprob"])) for top in tops]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise DataError("the reply has no log-probabilities") from None
+        raise DataError(NO_LETTERS) from None
