@@ -105,7 +105,7 @@ class Config:
         "them", judges.PRINCIPLES,
     )  # fmt: skip
     judge_thinking: bool = setting("judge", False, "let the judge reason before its verdict")
-    judge_first_pass: bool = setting(
+    first_pass: bool = setting(
         "judge", False, "pairwise, logprob: of the answers to a prompt, compare the two that the "
         "lexicon tells apart the most, in place of every two neighbours"
     )  # fmt: skip
@@ -256,9 +256,37 @@ class Config:
                 "--qlora with --no-lora: weights in 4 bits cannot be trained; give one of them",
             ),
             (
-                self.judge_url is not None and not self.judged,
-                f"--judge_url with --critic {self.critic}: a judge's address goes with --critic "
-                f"judge",
+                not self.judged and not (self.judge_url is None and self.judge_model is None),
+                f"--judge_url or --judge_model with --critic {self.critic}: a judge goes with "
+                f"--critic judge",
+            ),
+            (
+                self.judge_principles == "one" and not self.labels_pairs,
+                "--judge_principles one: a judge draws a principle for two answers; use it with "
+                "--judge_mode pairwise or logprob",
+            ),
+            (
+                self.first_pass and not (self.labels_pairs and self.pairs == "answers"),
+                "--first_pass chooses which answers a judge compares; use it with --judge_mode "
+                "pairwise or logprob, and without --pairs revisions",
+            ),
+            (
+                not 0 <= self.min_agreement <= 1,
+                f"--min_agreement {self.min_agreement}: expected a number from 0 to 1",
+            ),
+            (
+                self.min_agreement > 0 and len(parse(self.critic)) < 2,
+                f"--min_agreement with --critic {self.critic}: one critic agrees with itself; name "
+                f"several",
+            ),
+            (
+                self.pairs == "revisions" and not self.pairwise,
+                f"--pairs revisions with --method {self.method}, which does not train on pairs",
+            ),
+            (
+                self.revision == "critique" and not (self.collects and self.revisions),
+                "--revision critique: nothing is revised here; ask for --revisions 1, of a method "
+                "that samples before it trains",
             ),
             (
                 self.labels_pairs and not (self.pairwise and self.critic == "judge"),
@@ -279,8 +307,8 @@ class Config:
             ),
             (
                 (self.sampler == "openai") != (self.sampler_url is not None),
-                f"--sampler {self.sampler} with --sampler_url {self.sampler_url}: a server's "
-                f"address goes with --sampler openai, and with no other",
+                f"--sampler {self.sampler} {'with' if self.sampler_url else 'without'} "
+                f"--sampler_url: a server's address goes with --sampler openai, and with no other",
             ),
         ):
             if wrong:

@@ -119,7 +119,7 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     record: dict[str, Any] = {}
     if peers.main:  # hashing, and perhaps a download: before the ranks meet
         record = _record(config, peers, chosen, sampler, constitution, ds_config, prompts, heldout)
-        record["critic"] = critics.identity(config.critic)
+        record["critic"] = critics.identity(config.critic, config.judge)
         record["start"] = {} if origin is None else _hashes(origin)
     ranks.join(peers, deepspeed=ds_config is not None)
     if peers.main:
@@ -188,8 +188,11 @@ def _critics(
     """What scores answers, and what labels pairs in its place."""
     judge = None
     if config.judged:
+        settings = config.judge
+        if not config.collects:  # every rank asks about its share of a step's answers
+            settings = settings.shared(peers.world)
         journal = run.labels(peers.rank)
-        judge = judges.load(constitution, config.judge, journal=journal, shown=peers.main)
+        judge = judges.load(constitution, settings, journal=journal, shown=peers.main)
     critic = critics.load_critic(
         config.critic, constitution, judge=judge, agreement=config.min_agreement
     )

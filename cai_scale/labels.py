@@ -15,7 +15,13 @@ from cai_scale.critics.complaint import RevisionRules
 from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import DataError
 from cai_scale.preferences.audit import audit
-from cai_scale.preferences.pairs import Comparison, Refusal, build_pairs, compared_pairs
+from cai_scale.preferences.pairs import (
+    Comparison,
+    Refusal,
+    build_pairs,
+    compared_pairs,
+    refusal,
+)
 from cai_scale.ranks import Ranks, wait_for
 from cai_scale.records import (
     Answer,
@@ -30,6 +36,9 @@ from cai_scale.records import (
 from cai_scale.rollout.revise import better, revise, sample_of
 from cai_scale.rollout.sampler import Sampler
 from cai_scale.runs import Round
+
+# What was compared, and a row for each answer that was not.
+Compared = tuple[list[Comparison], list[Refusal]]
 
 
 def answers(
@@ -191,15 +200,15 @@ def comparisons(
     responses: Sequence[Response],
     files: Round,
     ranks: Ranks,
-) -> list[Comparison]:
+) -> Compared:
     """The comparer's verdicts on the answers of a round; what is stored is not asked again."""
     text = {prompt.id: prompt.text for prompt in prompts}
-    pairs = to_compare(config, constitution, prompts, responses)
+    pairs, left_out = to_compare(config, constitution, prompts, responses)
     found = compare_once(comparer, text, pairs, files.comparisons(files.pairs), ranks)
     return [
         (first.prompt_id, first.sample, second.sample, preference)
         for (first, second), preference in zip(pairs, found, strict=True)
-    ]
+    ], left_out
 
 
 def to_compare(
@@ -207,28 +216,35 @@ def to_compare(
     constitution: Constitution,
     prompts: Sequence[Prompt],
     responses: Sequence[Response],
-) -> list[tuple[Response, Response]]:
+) -> tuple[list[tuple[Response, Response]], list[Refusal]]:
     """The answers that are compared, two to a prompt: every two neighbours; or the two that the
-    lexicon tells apart the most."""
+    lexicon tells apart the most. And a row for each answer that is not."""
     by_prompt: dict[str, list[Response]] = {prompt.id: [] for prompt in prompts}
+    left_out: list[Refusal] = []
     for response in responses:
         others = by_prompt[response.prompt_id]
-        if response.text.strip() and all(response.text != other.text for other in others):
+        same = next((other.sample for other in others if other.text == response.text), None)
+        if not response.text.strip():
+            left_out.append(refusal(response, "empty_answers", EMPTY))
+        elif same is not None:
+            left_out.append(refusal(response, "duplicate_answers", f"the text of sample {same}"))
+        else:
             others.append(response)
-    if not config.judge_first_pass:
-        return [
-            two
-            for answers in by_prompt.values()
-            for two in zip(answers[::2], answers[1::2], strict=False)
-        ]
     lexicon = LexiconCritic(constitution)
     found = []
     for answers in by_prompt.values():
-        scores = [s.overall if s else 0.0 for s in lexicon.score([], [a.text for a in answers])]
-        if len(answers) > 1:
+        if config.first_pass:
+            scores = [s.overall if s else 0.0 for s in lexicon.score([], [a.text for a in answers])]
             order = sorted(range(len(answers)), key=lambda i: (-scores[i], i))
-            found.append((answers[order[0]], answers[order[-1]]))
-    return found
+            chosen = [answers[i] for i in (order[:1] + order[-1:] if len(order) > 1 else [])]
+        else:
+            chosen = answers[: len(answers) // 2 * 2]
+        found += list(zip(chosen[::2], chosen[1::2], strict=True))
+        why = "the lexicon tells others apart more" if config.first_pass else "no other is left"
+        for answer in answers:
+            if answer not in chosen:
+                left_out.append(refusal(answer, "uncompared_answers", why))
+    return found, left_out
 
 
 def pairs(
@@ -237,19 +253,20 @@ def pairs(
     files: Round,
     responses: Sequence[Response],
     scores: Sequence[Score | None],
-    comparisons: Sequence[Comparison] | None,
+    compared: Compared | None,
 ) -> tuple[list[Pair], dict[str, Any], list[Refusal]]:
     """The pairs of a round, their audit, and a row for everything that was refused.
 
     Args:
         files: where the verdicts on the samples and revisions are.
-        comparisons: what a comparer said, where it labels the pairs in place of scores.
+        compared: what a comparer said, where it labels the pairs in place of scores.
     """
     if config.pairs == "revisions":
         built, account, refused = revision_pairs(config, prompts, files)
-    elif comparisons is not None:
+    elif compared is not None:
+        found, left_out = compared
         built, account, refused = compared_pairs(
-            prompts, responses, comparisons, margin=config.margin
+            prompts, responses, found, margin=config.margin, left_out=left_out
         )
     else:
         # An answer without a score is a sample: no revision without one has taken its place.

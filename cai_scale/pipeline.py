@@ -70,14 +70,14 @@ def collect(job: Job, number: int) -> tuple[list[Answer], list[Pair]]:
                 job.ranks,
             )
     with job.stage(of_round("pair", number)):
-        comparisons = None
+        compared = None
         if job.comparer is not None and config.pairs == "answers":
-            comparisons = labels.comparisons(
+            compared = labels.comparisons(
                 config, job.constitution, job.comparer, job.prompts, responses, files, job.ranks
             )
         if job.ranks.main and not files.pairs.exists():
             pairs, figures, refused = labels.pairs(
-                config, job.prompts, files, responses, scores, comparisons
+                config, job.prompts, files, responses, scores, compared
             )
             write_json(files.audit, figures)
             write_jsonl(files.refused, refused)

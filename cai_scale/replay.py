@@ -138,14 +138,14 @@ class Replay:
         files = self.run.round(number)
         _require(files.refused)
         responses, scores = self.revised(number)
-        comparisons = None
+        compared = None
         if self.config.labels_pairs and self.config.pairs == "answers":
             _require(files.comparisons(files.pairs))
-            comparisons = labels.comparisons(
+            compared = labels.comparisons(
                 self.config, self.constitution, _Stored(), self.prompts, responses, files, Ranks()
             )
         pairs, figures, refused = labels.pairs(
-            self.config, self.prompts, files, responses, scores, comparisons
+            self.config, self.prompts, files, responses, scores, compared
         )
         stored = read_pairs(files.pairs)
         if [p.prompt_id for p in pairs] != [p.prompt_id for p in stored]:

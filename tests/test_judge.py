@@ -287,7 +287,15 @@ def test_an_ensemble_keeps_votes_and_abstains_where_they_are_apart() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"judge_url": "http://h/v1"}, "--judge_url with --critic lexicon"),
+        ({"judge_url": "http://h/v1"}, "--judge_url or --judge_model with --critic lexicon"),
+        ({"judge_model": "m"}, "--judge_url or --judge_model with --critic lexicon"),
+        ({"critic": "judge", "judge_principles": "one"}, "draws a principle for two answers"),
+        ({"critic": "judge", "first_pass": True}, "--first_pass chooses"),
+        ({"min_agreement": 0.5}, "one critic agrees with itself"),
+        ({"critic": "judge+lexicon", "min_agreement": 7.0}, "expected a number from 0 to 1"),
+        ({"method": "sft", "pairs": "revisions"}, "does not train on pairs"),
+        ({"method": "grpo", "revision": "critique"}, "nothing is revised here"),
+        ({"pairs": "revisions", "revisions": 0}, "there would be none"),
         ({"critic": "judge", "judge_mode": "pairwise", "method": "sft"}, "labels pairs"),
         ({"critic": "judge+lexicon", "judge_mode": "logprob"}, "labels pairs"),
         ({"critic": "judge", "judge_prices": (1.0,)}, "expected two numbers"),
@@ -298,6 +306,12 @@ def test_an_ensemble_keeps_votes_and_abstains_where_they_are_apart() -> None:
 def test_settings_that_do_not_fit(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Config(**settings)  # type: ignore[arg-type]
+
+
+def test_ranks_share_a_budget() -> None:
+    whole = Settings(max_tokens=1000, max_cost=2.0, prices=(1.0, 2.0))
+    assert (whole.shared(4).max_tokens, whole.shared(4).max_cost) == (250, 0.5)
+    assert Settings().shared(4) == Settings()
 
 
 def test_the_settings_of_a_judge_by_name() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cai_scale import labels
+from cai_scale import constitution, labels
 from cai_scale.config import Config
 from cai_scale.records import Prompt, Response, write_jsonl
 from cai_scale.runs import Round
@@ -100,3 +100,21 @@ def test_by_a_judge_that_compares(files: Round) -> None:
         ("b0 new", 0.7, "b0"),
     ]
     assert figures["revisions"] == {"asked": 4, "better": 2}
+
+
+@pytest.mark.parametrize("first_pass", [False, True])
+def test_every_answer_is_compared_or_has_a_row(first_pass: bool) -> None:
+    texts = ["a tip", "", "a tip", "a plan", "a useful tip", "nothing"]  # 0.8, 0.7, 0.9, 0.7
+    given = [response("a", sample, text) for sample, text in enumerate(texts)]
+    given.append(response("b", 0, "alone"))
+    asked = [Prompt(id=name, messages=({"role": "user", "content": name},)) for name in "ab"]
+    config = Config(critic="judge", judge_mode="pairwise", first_pass=first_pass)
+    found, left_out = labels.to_compare(config, constitution.load(), asked, given)
+    compared = [(first.sample, second.sample) for first, second in found]
+    assert compared == ([(4, 5)] if first_pass else [(0, 3), (4, 5)])
+    rows = {(row["prompt_id"], row["sample"]): row["refused"] for row in left_out}
+    assert rows.pop(("a", 1)) == "empty_answers"
+    assert rows.pop(("a", 2)) == "duplicate_answers"
+    others = [("b", 0), ("a", 0), ("a", 3)] if first_pass else [("b", 0)]
+    assert rows == dict.fromkeys(others, "uncompared_answers")
+    assert len(left_out) + 2 * len(found) == len(given)

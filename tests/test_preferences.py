@@ -182,7 +182,13 @@ def test_the_comparison_that_leans_furthest_becomes_the_pair() -> None:
         "prompts": 5,
         "answers": 12,
         "comparisons": 8,
-        "dropped": {"empty_answers": 0, "duplicate_answers": 0, "abstentions": 1, "ties": 2},
+        "dropped": {
+            "empty_answers": 0,
+            "duplicate_answers": 0,
+            "uncompared_answers": 0,
+            "abstentions": 1,
+            "ties": 2,
+        },
         "pairs": 2,
         "unpaired": {"not_compared": 1, "undecided": 1, "under_margin": 1},
     }
@@ -221,6 +227,7 @@ def test_a_comparison_of_an_empty_answer_or_of_one_text_decides_nothing() -> Non
     assert account["dropped"] == {
         "empty_answers": 1,
         "duplicate_answers": 1,
+        "uncompared_answers": 0,
         "abstentions": 0,
         "ties": 0,
     }

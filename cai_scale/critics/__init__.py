@@ -74,7 +74,12 @@ def load_critic(
     return Checked(parts[0][0] if len(parts) == 1 else WeightedCritic(name, parts, agreement))
 
 
-def check(name: str, constitution: Constitution, model: str | None, judge: "Settings") -> None:
+def check(
+    name: str,
+    constitution: Constitution,
+    model: str | None = None,
+    judge: "Settings | None" = None,
+) -> None:
     """Complain about a critic without loading its weights.
 
     Args:
@@ -86,7 +91,7 @@ def check(name: str, constitution: Constitution, model: str | None, judge: "Sett
     from cai_scale.critics.weighted import parse
 
     for part, _ in parse(name):
-        if part == JUDGE:
+        if part == JUDGE and judge is not None:
             from cai_scale.critics.judge import check
 
             check(judge)
@@ -94,16 +99,16 @@ def check(name: str, constitution: Constitution, model: str | None, judge: "Sett
             _load(part, constitution, model, None)
 
 
-def identity(name: str) -> dict[str, str]:
-    """The SHA-256 of each reward model in a critic, by its name; the lexicon is the constitution's,
-    and a judge is what the settings say.
+def identity(name: str, judge: "Settings | None" = None) -> dict[str, str]:
+    """The SHA-256 of each reward model in a critic, by its name; the lexicon is the constitution's.
+    A judge is known by the name of its model.
 
     Raises:
         CaiError: there is no such critic, or its files are missing.
     """
     from cai_scale.critics.weighted import parse
 
-    return {part: _identity(part) for part, _ in parse(name) if part not in ("lexicon", JUDGE)}
+    return {part: _identity(part, judge) for part, _ in parse(name) if part != "lexicon"}
 
 
 def _load(
@@ -123,7 +128,11 @@ def _load(
     raise unknown(name)
 
 
-def _identity(name: str) -> str:
+def _identity(name: str, judge: "Settings | None") -> str:
+    if name == JUDGE and judge is not None:
+        from cai_scale.critics.judge import model_of
+
+        return model_of(judge).name
     kind, _, path = name.partition(":")
     if kind != "reward" or not path:
         raise unknown(name)

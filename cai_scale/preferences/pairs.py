@@ -16,7 +16,10 @@ from cai_scale.records import Candidate, Pair, Preference, Prompt, Response, Sco
 NEAR = 1e-9  # scores are multiples of a small step: rounding does not decide at a margin
 ANSWERS = ("empty_answers", "unscored_answers", "duplicate_answers")
 UNPAIRED = ("fewer_than_two_answers", "under_margin")
-COMPARISONS = ("empty_answers", "duplicate_answers", "abstentions", "ties")
+COMPARISONS = (
+    *("empty_answers", "duplicate_answers", "uncompared_answers"),
+    *("abstentions", "ties"),
+)
 UNCOMPARED = ("not_compared", "undecided", "under_margin")
 
 Refusal = dict[str, Any]
@@ -57,7 +60,7 @@ def build_pairs(
             empty = not response.text.strip()
             kind, said = ANSWERS[0 if empty else 1], EMPTY if empty else "no score"
             said = (why or {}).get((response.prompt_id, response.sample)) or said
-        refused.append(_refusal(response.prompt_id, kind, said, sample=response.sample))
+        refused.append(refusal(response, kind, said))
 
     pairs: list[Pair] = []
     for prompt in prompts:
@@ -84,6 +87,7 @@ def compared_pairs(
     *,
     margin: float,
     scores: Mapping[tuple[str, int], Score] | None = None,
+    left_out: Sequence[Refusal] = (),
 ) -> tuple[list[Pair], dict[str, Any], list[Refusal]]:
     """One pair per prompt: of its comparisons that which leans furthest, the earliest of equals.
 
@@ -93,13 +97,14 @@ def compared_pairs(
 
     Args:
         scores: by prompt id and sample, the answers' own scores, where the leans come from these.
+        left_out: a row for each answer that was not compared.
 
     Returns:
         As `build_pairs`, with a row for each comparison that decides nothing.
     """
     answers = {(response.prompt_id, response.sample): response for response in responses}
     decided: dict[str, list[tuple[float, Response, Response, Preference]]] = defaultdict(list)
-    refused: list[Refusal] = []
+    refused = list(left_out)
     for prompt_id, first, second, preference in comparisons:
         one, other = answers[prompt_id, first], answers[prompt_id, second]
         undecided = _undecided(one, other, preference)
@@ -162,6 +167,11 @@ def _undecided(one: Response, other: Response, preference: Preference) -> tuple[
     if abs(preference.lean) < NEAR:
         return "ties", preference.why or "a tie"
     return None
+
+
+def refusal(answer: Response, kind: str, why: str) -> Refusal:
+    """The row of an answer that adds to the count `kind`."""
+    return _refusal(answer.prompt_id, kind, why, sample=answer.sample)
 
 
 def _refusal(prompt_id: str, kind: str, why: str, **about: object) -> Refusal:

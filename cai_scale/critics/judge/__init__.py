@@ -10,7 +10,7 @@ from cai_scale.critics.judge.journal import Journal
 from cai_scale.critics.judge.settings import Settings
 from cai_scale.errors import ConfigError
 
-__all__ = ["Judge", "Settings", "check", "load"]
+__all__ = ["Judge", "Settings", "check", "load", "model_of"]
 
 
 def load(
@@ -31,7 +31,7 @@ def load(
         CaiError: the settings, the address or the journal cannot be used.
     """
     kept = Journal(journal)
-    return Judge(constitution, settings, _model(settings), kept, name=name, shown=shown)
+    return Judge(constitution, settings, model_of(settings), kept, name=name, shown=shown)
 
 
 def check(settings: Settings) -> None:
@@ -40,7 +40,7 @@ def check(settings: Settings) -> None:
     Raises:
         CaiError: the settings or the address cannot be used, or the server does not answer.
     """
-    model = _model(settings)
+    model = model_of(settings)
     if settings.url is not None:
         names = endpoint.models_of(settings.url, "--judge_url")
         # Some servers have models that they do not list, such as folders.
@@ -53,7 +53,8 @@ def check(settings: Settings) -> None:
         models.check(model.name)
 
 
-def _model(settings: Settings) -> Model:
+def model_of(settings: Settings) -> Model:
+    """What will be asked; where the settings do not name it, the server is asked for its name."""
     if settings.url is not None:
         require("--critic judge", "judge", "openai", "rich")
         from cai_scale.critics.judge.remote import RemoteModel

@@ -1,6 +1,6 @@
 """Which judge, how it is asked, and what it may cost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MODES = ("absolute", "pairwise", "logprob")
 PRINCIPLES = ("all", "one")
@@ -21,6 +21,14 @@ class Settings:
     max_tokens: int | None = None
     max_cost: float | None = None
     prices: tuple[float, ...] = ()
+
+    def shared(self, among: int) -> "Settings":
+        """With a share of the budget."""
+        return replace(
+            self,
+            max_tokens=self.max_tokens and max(1, self.max_tokens // among),
+            max_cost=self.max_cost and self.max_cost / among,
+        )
 
     @property
     def compares(self) -> bool:
