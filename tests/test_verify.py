@@ -18,8 +18,11 @@ from cai_scale.verify import Link, verify_bundle, verify_run
 
 @pytest.fixture
 def run(finished_run: Any, bundle: Path, tmp_path: Path) -> Run:
-    """A copy of the run with its bundle."""
-    return Run(Path(shutil.copytree(finished_run.path, tmp_path / "run")))
+    """A copy of the run with its bundle; what other tests exported elsewhere is not at hand."""
+    copy = Run(Path(shutil.copytree(finished_run.path, tmp_path / "run")))
+    inside = {name: d for name, d in copy.exported().items() if not name.startswith("..")}
+    copy.exports.write_text(checksums(inside), "utf-8")
+    return copy
 
 
 @pytest.fixture
