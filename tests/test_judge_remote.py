@@ -315,7 +315,10 @@ def test_a_budget_lets_what_is_under_way_finish() -> None:
         judge = make(url, max_tokens=1, concurrency=8)
         with pytest.raises(BudgetError, match="is spent"):
             labels(judge, comparisons(40))
-    assert len(judge.journal) == server.outcomes["ok"] == 8
+        assert len(judge.journal) == server.outcomes["ok"] == 8
+        # The control: one that is met by the last question ends nothing.
+        judge = make(url, mode="absolute", max_tokens=1, concurrency=1)
+        assert judge.score(["p"], [text_of(0.5)]) != [None]
 
 
 def test_an_odd_first_answer_does_not_end_a_run_by_letters() -> None:

@@ -66,10 +66,8 @@ class RemoteModel:
 
         async def work() -> None:
             try:
-                while not stopped:
+                while not stopped and (asked := next(questions, None)) is not None:
                     budget.check()
-                    if (asked := next(questions, None)) is None:
-                        return
                     subject, question = asked
                     found = await self._settle(client, question, budget)
                     self._settled += 1
