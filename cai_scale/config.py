@@ -98,7 +98,8 @@ class Config:
     judge_mode: str = setting(
         "judge", "absolute", "what a judge is asked: absolute, a number for each principle; "
         "pairwise, which of two answers is better, in both orders; logprob, the same, read off "
-        "the probabilities of A and B", judges.MODES,
+        "the probabilities of A and B; letter, by the one that it writes, for servers that give no "
+        "probabilities", judges.MODES,
     )  # fmt: skip
     judge_principles: str = setting(
         "judge", "all", "two answers are compared by all principles, or by one that is drawn for "
@@ -106,7 +107,7 @@ class Config:
     )  # fmt: skip
     judge_thinking: bool = setting("judge", False, "let the judge reason before its verdict")
     first_pass: bool = setting(
-        "judge", False, "pairwise, logprob: of the answers to a prompt, compare the two that the "
+        "judge", False, "unless absolute: of the answers to a prompt, compare the two that the "
         "lexicon tells apart the most, in place of every two neighbours"
     )  # fmt: skip
     judge_concurrency: int = setting("judge", 16, "questions under way at once", least=1)
@@ -263,12 +264,12 @@ class Config:
             (
                 self.judge_principles == "one" and not self.labels_pairs,
                 "--judge_principles one: a judge draws a principle for two answers; use it with "
-                "--judge_mode pairwise or logprob",
+                "another --judge_mode than absolute",
             ),
             (
                 self.first_pass and not (self.labels_pairs and self.pairs == "answers"),
-                "--first_pass chooses which answers a judge compares; use it with --judge_mode "
-                "pairwise or logprob, and without --pairs revisions",
+                "--first_pass chooses which answers a judge compares; use it with another "
+                "--judge_mode than absolute, and without --pairs revisions",
             ),
             (
                 not 0 <= self.min_agreement <= 1,

@@ -37,6 +37,7 @@ class Question:
     answers: tuple[str, ...]
     keys: tuple[str, ...]
     top: int
+    letter: bool = False  # whether there is room for one letter only
 
     @property
     def principles(self) -> tuple[str, ...]:
@@ -64,6 +65,8 @@ def read(body: Mapping[str, Any]) -> Question:
     answers = tuple(html.unescape(inside) for _, inside in _FENCE.findall(text))
     if body.get("logprobs"):
         return Question(answers, (), body["top_logprobs"])
+    if body.get("max_tokens") == 1:
+        return Question(answers, (), 0, letter=True)
     form = body.get("response_format", {}).get("json_schema", {}).get("schema", {})
     shown = _KEY.findall(text[text.rindex("</answer") :])
     return Question(answers, tuple(form.get("properties") or shown), 0)
@@ -80,6 +83,9 @@ def reply(question: Question, *, spaced: bool = False, opposite: bool = False) -
         return Reply(json.dumps(verdict(question, opposite=opposite)))
     if question.top:
         return _letter(question, spaced, opposite)
+    if question.letter:  # of two that are as good the first
+        better = "A" if _choice(*map(quality_of, question.answers)) != "B" else "B"
+        return Reply(f" {_OPPOSITE[better] if opposite else better}.", finish="length")
     return Reply("I weighed what each of them says.")
 
 

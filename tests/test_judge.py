@@ -15,7 +15,7 @@ from cai_scale.critics.judge import Judge, Settings
 from cai_scale.critics.judge.budget import Budget
 from cai_scale.critics.judge.journal import Journal, Spent, Subject, Verdict
 from cai_scale.critics.judge.questions import Question
-from cai_scale.critics.judge.verdict import choices, probability, ratings
+from cai_scale.critics.judge.verdict import choices, letter, probability, ratings
 from cai_scale.critics.weighted import WeightedCritic
 from cai_scale.errors import BudgetError, ConfigError, DataError
 from cai_scale.records import Preference, Score
@@ -79,21 +79,21 @@ def planted(count: int) -> tuple[list[str], list[str], list[str]]:
     )
 
 
-@pytest.mark.parametrize("mode", ["pairwise", "logprob"])
+@pytest.mark.parametrize("mode", ["pairwise", "logprob", "letter"])
 @pytest.mark.parametrize("principles", ["all", "one"])
 def test_planted_labels_come_back_in_every_order_and_batch(mode: str, principles: str) -> None:
     """A logprob oracle gives the better answer 0.9."""
 
     def found(first: float, second: float) -> float:
         better = oracle(first, second)
-        return better if mode == "pairwise" else 0.5 + 0.4 * better
+        return 0.5 + 0.4 * better if mode == "logprob" else better
 
     prompts, firsts, seconds = planted(200)
     judge, _ = make(found, mode=mode, principles=principles)
     right = [quality(one) > quality(other) for one, other in zip(firsts, seconds, strict=True)]
     given = judge.compare(prompts, firsts, seconds)
     assert [p.lean > 0 for p in given if p.lean is not None] == right
-    assert {abs(p.lean or 0) for p in given} == ({1.0} if mode == "pairwise" else {0.8})
+    assert {abs(p.lean or 0) for p in given} == ({0.8} if mode == "logprob" else {1.0})
     swapped = make(found, mode=mode, principles=principles)[0].compare(prompts, seconds, firsts)
     assert [-(p.lean or 0) for p in swapped] == [p.lean for p in given]
     order = random.Random(1).sample(range(200), 200)
@@ -256,6 +256,13 @@ def test_replies_that_are_verdicts() -> None:
     for wrong in ('{"a": "C"}', '{"a": "a"}', '{"a": 1}', '{"a": ["A"]}'):
         with pytest.raises(DataError, match="neither of A, B and tie"):
             choices(wrong, ["a"])
+
+
+def test_a_letter_is_a_or_b_and_nothing_else() -> None:
+    assert [letter(text) for text in ("A", " b.", "**A**\n", "(B)")] == [1, -1, 1, -1]
+    for wrong in ("", "C", "A or B", "An", "tie", "AB"):
+        with pytest.raises(DataError, match="neither A nor B"):
+            letter(wrong)
 
 
 def test_a_probability_is_normalised_over_the_options() -> None:

@@ -52,7 +52,7 @@ def signs(found: list[Preference]) -> list[int | None]:
     return [None if p.lean is None else (p.lean > 0) - (p.lean < 0) for p in found]
 
 
-@pytest.mark.parametrize("mode", ["pairwise", "logprob"])
+@pytest.mark.parametrize("mode", ["pairwise", "logprob", "letter"])
 @pytest.mark.parametrize("principles", ["one", "all"])
 def test_planted_labels_come_back_in_either_order(mode: str, principles: str) -> None:
     planted = comparisons(60)
@@ -230,7 +230,7 @@ def test_what_ends_the_asking_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "sk-a-secret" not in str(info.value)
     with (
         dialect(lambda body: (400, "logprobs: no") if "logprobs" in body else None).thread() as url,
-        pytest.raises(ServerError, match=r"gives no log-probabilities .*--judge_mode pairwise"),
+        pytest.raises(ServerError, match=r"gives no log-probabilities .*--judge_mode letter"),
     ):
         labels(make(url, mode="logprob"), comparisons(1))
     with Server().thread() as url:

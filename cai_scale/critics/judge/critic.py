@@ -77,7 +77,7 @@ class Judge:
     @property
     def _one_by_one(self) -> bool:
         """Whether each principle is a question of its own."""
-        return self.settings.mode == "logprob" and self.settings.principles == "all"
+        return self.settings.by_letter and self.settings.principles == "all"
 
     @property
     def spent(self) -> dict[str, float]:
@@ -154,7 +154,7 @@ class Judge:
     def _lean(self, kind: str, ours: float, theirs: float) -> float | None:
         """From -1 to 1, above 0 for what stood first in the order of `ours`; None where the
         orders name different answers. To swap the orders changes the sign and nothing else."""
-        if kind == "compare":
+        if kind in ("compare", "letter"):
             return None if ours * theirs > 0 else ours if ours == -theirs else 0.0
         if self.settings.thinking:
             low, high = THOUGHT_RANGE
@@ -173,7 +173,7 @@ class Judge:
         if blank(first) or blank(second) or first == second:
             return
         chosen = self._principles(prompt, first, second)
-        groups = [[p] for p in chosen] if self.settings.mode == "logprob" else [chosen]
+        groups = [[p] for p in chosen] if self.settings.by_letter else [chosen]
         for group in groups:
             yield (
                 self._comparison(group, prompt, first, second),
@@ -184,9 +184,16 @@ class Judge:
         self, principles: Sequence[Principle], prompt: str, first: str, second: str
     ) -> tuple[Subject, Question]:
         thinking = self.settings.thinking
-        if self.settings.mode == "logprob":
+        if self.settings.by_letter:
+            soft = self.settings.mode == "logprob"
             question = questions.choose(
-                self.constitution, principles[0], prompt, first, second, thinking=thinking
+                self.constitution,
+                principles[0],
+                prompt,
+                first,
+                second,
+                soft=soft,
+                thinking=thinking,
             )
         else:
             question = questions.compare(

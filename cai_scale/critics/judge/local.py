@@ -61,7 +61,7 @@ class LocalModel:
                     settled.append((subject, Verdict(_read(question, reply), "", spent[index])))
                 except DataError as error:
                     # The letter of the same question is the same again.
-                    last = question.kind == "choose" and question.settle is None
+                    last = question.schema is None and question.settle is None
                     if tries + 1 < REPLIES and not last:
                         again.append(index)
                     else:
@@ -74,12 +74,12 @@ class LocalModel:
 
     def _replies(self, asked: Sequence[Asked], tries: int) -> list[tuple[Spent, Any]]:
         """What each took, and its text; the log-probabilities of its first token for a letter."""
-        texts = self._texts([a for a in asked if a[1].kind != "choose" or a[1].settle], tries)
+        texts = self._texts([a for a in asked if a[1].schema or a[1].settle], tries)
         found = []
         for subject, question in asked:
             spent, text = texts.get(subject.key, (NOTHING, ""))
             reply: Any = text
-            if question.kind == "choose":
+            if question.schema is None:
                 messages = list(question.messages)
                 if question.settle is not None:
                     messages.append({"role": "assistant", "content": fenced(text)})
@@ -141,4 +141,6 @@ class LocalModel:
 def _read(question: Question, reply: Any) -> dict[str, float]:
     if question.kind == "choose":
         return {question.ids[0]: verdict.probability(reply)}
+    if question.kind == "letter":
+        return {question.ids[0]: verdict.letter(reply[0][0])}  # the likeliest
     return verdict.read(question, reply)

@@ -92,11 +92,11 @@ class Question:
     """One question to a judge.
 
     Attributes:
-        kind: "rate", "compare" or "choose".
+        kind: "rate" or "compare", whose reply is an object; "choose", read by the probabilities
+            of A and B; or "letter", by the one that is written.
         messages: what it reads.
         ids: the principles that it is asked about.
-        schema: the JSON schema of its reply; None where it replies with a letter, by whose
-            log-probabilities it is read.
+        schema: the JSON schema of its reply; None where it replies with a letter.
         settle: what it is asked after its reasoning; None where it replies at once.
     """
 
@@ -148,15 +148,21 @@ def choose(
     first: str,
     second: str,
     *,
+    soft: bool = True,
     thinking: bool = False,
 ) -> Question:
-    """The same of one principle, to be answered by a letter; with `thinking`, after reasoning."""
+    """The same of one principle, to be answered by a letter; with `thinking`, after reasoning.
+
+    Args:
+        soft: whether the letter's probability is read.
+    """
     words, language = _words(constitution)
     asked = words["think" if thinking else "letter"]
     request = asked.replace("{principle}", _statement(constitution, principle, language))
     messages = _messages(words, _both(prompt, first, second), request)
     settle = words["settle"] if thinking else None
-    return Question("choose", messages, (principle.id,), None, settle)
+    kind = "choose" if soft else "letter"
+    return Question(kind, messages, (principle.id,), None, settle)
 
 
 def fenced(text: str) -> str:

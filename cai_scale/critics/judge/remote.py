@@ -25,6 +25,7 @@ REPLIES = 6  # to one question that are no verdict, before there is none
 RETRY_TEMPERATURE = 0.7  # the likeliest reply was none: ask for another
 MOST_CUTS = 3  # a reply that was cut is asked for again with twice the tokens
 NO_LETTERS = "the reply has no log-probabilities"
+LETTER = {"max_tokens": 1, "temperature": 0.0}  # drawn anew, a letter would be a coin
 TOP_LOGPROBS = 20  # the most that the protocol has
 
 Settle = Callable[[Subject, Verdict], None]
@@ -158,16 +159,20 @@ class RemoteModel:
     ) -> Mapping[str, float]:
         """Ask once; a principle's number by its id. Raises `DataError` for what is no verdict."""
         messages = list(question.messages)
-        if question.kind == "choose":
+        if question.schema is None:
             if question.settle is not None:
                 thought = await self._post(client, messages, asked, {})
                 messages += [
                     {"role": "assistant", "content": fenced(_text(thought))},
                     {"role": "user", "content": question.settle},
                 ]
-            letter = {"logprobs": True, "top_logprobs": TOP_LOGPROBS, "max_tokens": 1}
-            choice = await self._post(client, messages, asked, letter)
-            values = {question.ids[0]: verdict.probability(_first_token(choice))}
+            soft = question.kind == "choose"
+            more = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if soft else {}
+            choice = await self._post(client, messages, asked, {**LETTER, **more})
+            value = (
+                verdict.probability(_first_token(choice)) if soft else verdict.letter(_text(choice))
+            )
+            values = {question.ids[0]: value}
         else:
             schema = {"name": "verdict", "strict": True, "schema": question.schema}
             form = {"type": "json_schema", "json_schema": schema}
@@ -205,7 +210,7 @@ class RemoteModel:
 
     def _no_letters(self, trouble: str) -> ServerError:
         return ServerError(
-            f"server {self.url} gives no log-probabilities ({trouble}); use --judge_mode pairwise"
+            f"server {self.url} gives no log-probabilities ({trouble}); use --judge_mode letter"
         )
 
 

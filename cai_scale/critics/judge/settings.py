@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-MODES = ("absolute", "pairwise", "logprob")
+MODES = ("absolute", "pairwise", "logprob", "letter")
 PRINCIPLES = ("all", "one")
 
 
@@ -29,6 +29,11 @@ class Settings:
             max_tokens=self.max_tokens and max(1, self.max_tokens // among),
             max_cost=self.max_cost and self.max_cost / among,
         )
+
+    @property
+    def by_letter(self) -> bool:
+        """Whether it answers with A or B, to one principle at a time."""
+        return self.mode in ("logprob", "letter")
 
     @property
     def compares(self) -> bool:

@@ -12,6 +12,8 @@ from cai_scale.errors import DataError
 LEAST_MASS = 0.05  # of a reply's first token, on the options; less is no choice between them
 LONGEST = 20_000  # characters of a reply that is read
 
+NEITHER = "the reply begins with neither A nor B"
+_AROUND = ' \n"*().'  # what may stand around a letter
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)  # of models that always think
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
 _CHOICES = {OPTIONS[0]: 1.0, OPTIONS[1]: -1.0, TIE: 0.0}
@@ -46,6 +48,18 @@ def choices(reply: str, ids: Sequence[str]) -> dict[str, float]:
     return found
 
 
+def letter(reply: str) -> float:
+    """1 where the reply is A, -1 where it is B.
+
+    Raises:
+        DataError: it is anything else.
+    """
+    written = reply.strip(_AROUND).upper()
+    if written not in OPTIONS:
+        raise DataError(NEITHER)
+    return _CHOICES[written]
+
+
 def probability(first_token: Sequence[tuple[str, float]]) -> float:
     """P(A) between A and B, from the log-probabilities of the likeliest first tokens.
 
@@ -59,12 +73,12 @@ def probability(first_token: Sequence[tuple[str, float]]) -> float:
         raise DataError("the reply's log-probabilities are none")
     mass = dict.fromkeys(OPTIONS, 0.0)
     for token, log_probability in first_token:
-        letter = token.strip(' \n"*(').upper()
-        if letter in mass:
-            mass[letter] += exp(log_probability)
+        written = token.strip(_AROUND).upper()
+        if written in mass:
+            mass[written] += exp(log_probability)
     total = sum(mass.values())
     if not total >= LEAST_MASS:
-        raise DataError("the reply begins with neither A nor B")
+        raise DataError(NEITHER)
     return mass[OPTIONS[0]] / total
 
 
