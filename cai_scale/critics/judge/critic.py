@@ -43,7 +43,7 @@ class Model(Protocol):
 class Judge:
     """A language model that is asked about answers, one at a time or two together.
 
-    It scores where `settings.mode` is "absolute", else it compares.
+    It is asked to score where `settings.mode` is "absolute", and else to compare.
     """
 
     def __init__(
