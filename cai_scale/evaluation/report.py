@@ -41,7 +41,11 @@ def write_report(
         audit=read_json(audit) if (audit := run.round(run.rounds).audit).is_file() else {},
         constitution=constitution,
         table=rows(summary, constitution),
-        slices={key: rows(part, constitution) for key, part in summary["slices"].items()},
+        slices={
+            name: (part["n"], rows(part, constitution))
+            for kind in ("language", "category")
+            for name, part in summary["slices"][kind].items()
+        },
         charts=_charts(run, summary, answered, constitution),
         samples=_spread(answered, SAMPLES),
     )
