@@ -106,7 +106,7 @@ class Comparison:
             "model": after.manifest.get("model", after.path.name),
             "constitution": self.constitution.sha256,
             "critic": self.critic.name,
-            **results.figures(self.constitution, self.critic, answered),
+            **results.figures(self.constitution, self.critic, self.critic.name, answered),
             "seconds": self.seconds,
         }
 

@@ -19,9 +19,15 @@ from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.critics.remembered import Remembered
 from cai_scale.errors import DataError
 from cai_scale.evaluation import measures, protocol
-from cai_scale.evaluation.compare import Answered, Measure, compare, drift, slices
+from cai_scale.evaluation.compare import Answered, Measure, compare, slices
+from cai_scale.evaluation.drift import drift
+from cai_scale.evaluation.halves import halves_gain
 from cai_scale.evaluation.likelihood import Reader
+from cai_scale.evaluation.matched import length_matched
+from cai_scale.evaluation.refusals import safety
 from cai_scale.evaluation.rewards import rewards
+from cai_scale.evaluation.supported import supported
+from cai_scale.evaluation.words import lengths, top_words
 from cai_scale.ranks import Ranks, wait_for
 from cai_scale.records import (
     Answer,
@@ -214,22 +220,29 @@ def summary(
     return {
         **_about(config, run, constitution),
         "critic": config.evaluator,
-        **figures(constitution, critic, answers),
+        **figures(constitution, critic, config.critic, answers),
         **cost(run),
     }
 
 
 def figures(
-    constitution: Constitution, critic: Critic, answers: Sequence[Answered]
+    constitution: Constitution, critic: Critic, trained: str, answers: Sequence[Answered]
 ) -> dict[str, Any]:
     """What follows from the held-out answers, their scores and their measures.
 
     Args:
         critic: what has scored them.
+        trained: the name of the critic that was trained on.
     """
     return {
         **compare(answers, constitution),
+        "length_matched": length_matched(answers, critic),
+        "supported": supported(answers, constitution),
+        "halves": halves_gain(answers, constitution, trained),
+        "words": top_words(answers, constitution),
+        "lengths": lengths(answers),
         "drift": drift(answers),
+        "safety": safety(answers),
         "slices": slices(answers, constitution),
         "decoding": asdict(protocol.DECODING) | {"stop": list(protocol.DECODING.stop)},
         "seeds": [protocol.SEED],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cai_scale import constitution
-from cai_scale.evaluation.compare import Answered, compare, drift, interval, slices
+from cai_scale.evaluation.compare import Answered, compare, interval, slices
 from cai_scale.records import Prompt, Response, Score
 
 CONSTITUTION = constitution.load()
@@ -123,7 +123,7 @@ def test_too_few_prompts_have_no_interval() -> None:
     assert (empty["n"], empty["before"]["overall"], empty["delta"]["ci95"]) == (0, None, None)
 
 
-def test_slices_and_drift() -> None:
+def test_slices() -> None:
     rows = [
         answered(0.7, 0.8),
         answered(0.7, 0.6, "vi", "unsafe"),
@@ -139,11 +139,3 @@ def test_slices_and_drift() -> None:
         ("language", "vi"): (2, 0, 2),
         ("category", "unsafe"): (2, 0, 2),  # the other prompt has no category
     }
-    shape = drift(rows)
-    assert shape["before"] == {
-        "words": 3.0,
-        "distinct": pytest.approx(2 / 3, abs=1e-6),
-        "unfinished": 0,
-        "empty": 0,
-    }
-    assert (shape["after"]["words"], shape["after"]["empty"]) == (2.0, 1)
