@@ -1,14 +1,18 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from cai_scale import constitution
-from cai_scale.evaluation.compare import Answered, compare, drift, interval, slices
+from cai_scale.evaluation.compare import Answered, compare, interval, slices
 from cai_scale.records import Prompt, Response, Score
 
 CONSTITUTION = constitution.load()
 
 
-def answered(before: float | None, after: float | None, language: str = "en") -> Answered:
+def answered(
+    before: float | None, after: float | None, language: str = "en", category: str = ""
+) -> Answered:
     def score(value: float | None) -> Score | None:
         if value is None:
             return None
@@ -21,7 +25,12 @@ def answered(before: float | None, after: float | None, language: str = "en") ->
         )
 
     return Answered(
-        prompt=Prompt(id="p", messages=({"role": "user", "content": "q"},), language=language),
+        prompt=Prompt(
+            id="p",
+            messages=({"role": "user", "content": "q"},),
+            language=language,
+            category=category,
+        ),
         before=response(before),
         after=response(after),
         before_score=score(before),
@@ -62,6 +71,30 @@ def test_a_comparison_by_hand() -> None:
     assert low < 0.075 < high
 
 
+def test_wins_losses_and_ties_have_wilson_s_interval() -> None:
+    """Its ends are the shares p at which |k/n - p| = z √(p (1 - p) / n)."""
+    rows = [answered(0.5, 0.8)] * 6 + [answered(0.8, 0.5)] * 3 + [answered(0.7, 0.7)]
+    found = compare(rows, CONSTITUTION)
+    for name, count in (("win", 6), ("loss", 3), ("tie", 1)):
+        for end in found[f"{name}_ci95"]:
+            spread = 1.959964 * (end * (1 - end) / 10) ** 0.5
+            assert abs(count / 10 - end) == pytest.approx(spread, abs=1e-5)
+    assert compare([], CONSTITUTION)["win_ci95"] is None
+
+
+def test_a_critic_that_gives_the_mean_alone_has_no_principles() -> None:
+    rows = [
+        replace(
+            answered(0.7, 0.8), before_score=Score({}, before), after_score=Score({}, before + 0.1)
+        )
+        for before in (0.3, 0.5)
+    ]
+    found = compare(rows, CONSTITUTION)
+    assert found["delta"]["overall"] == pytest.approx(0.1)
+    assert found["delta"]["principles"] == dict.fromkeys(found["before"]["principles"])
+    assert set(found["delta"]["principles_ci95"].values()) == {None}
+
+
 def test_the_interval_is_the_normal_one_for_many_prompts() -> None:
     deltas = np.random.default_rng(1).normal(0.02, 0.1, 2000)
     half = 1.96 * deltas.std() / len(deltas) ** 0.5
@@ -90,18 +123,19 @@ def test_too_few_prompts_have_no_interval() -> None:
     assert (empty["n"], empty["before"]["overall"], empty["delta"]["ci95"]) == (0, None, None)
 
 
-def test_slices_and_drift() -> None:
-    rows = [answered(0.7, 0.8), answered(0.7, 0.6, "vi"), answered(0.7, None, "vi")]
+def test_slices() -> None:
+    rows = [
+        answered(0.7, 0.8),
+        answered(0.7, 0.6, "vi", "unsafe"),
+        answered(0.7, None, "vi", "unsafe"),
+    ]
     parts = slices(rows, CONSTITUTION)
-    assert {key: (part["n"], part["win"], part["loss"]) for key, part in parts.items()} == {
-        "en": (1, 1, 0),
-        "vi": (2, 0, 2),
+    assert {
+        (kind, name): (part["n"], part["win"], part["loss"])
+        for kind, found in parts.items()
+        for name, part in found.items()
+    } == {
+        ("language", "en"): (1, 1, 0),
+        ("language", "vi"): (2, 0, 2),
+        ("category", "unsafe"): (2, 0, 2),  # the other prompt has no category
     }
-    shape = drift(rows)
-    assert shape["before"] == {
-        "words": 3.0,
-        "distinct": pytest.approx(2 / 3, abs=1e-6),
-        "unfinished": 0,
-        "empty": 0,
-    }
-    assert (shape["after"]["words"], shape["after"]["empty"]) == (2.0, 1)

@@ -87,12 +87,13 @@ def test_an_intact_run_and_its_bundle_pass(run: Run) -> None:
     said = {link.name: link.said for link in links}
     assert list(said) == [
         *("chain", "start", "evaluate before", "rollout", "revise", "pair", "train"),
-        *("evaluate after", "summary", "other files", "exports"),
+        *("evaluate after", "measure", "summary", "other files", "exports"),
         *("bundle: manifest", "bundle: files", "bundle: run"),
     ]
     assert sha256(run.chain) in said["chain"]
     assert "80 answers" in said["rollout"]
     assert f"{len(run.round(1).pairs.read_text('utf-8').splitlines())} pairs" in said["pair"]
+    assert "measures of 20 answers" in said["measure"]
     assert "answers to 10 prompts scored again" in said["summary"]
 
 
@@ -133,6 +134,7 @@ def test_every_changed_byte_of_a_bundle_is_caught_without_its_run(run: Run) -> N
         ("adapter/adapter_model.safetensors", "train"),
         ("metrics.jsonl", "train"),
         ("rounds/1/references.json", "train"),
+        ("evaluation/measures.jsonl", "measure"),
         ("costs.json", "summary"),
         ("report.html", "summary"),
         ("summary.json", "summary"),
@@ -210,6 +212,8 @@ def raised(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ("evaluation/after.jsonl", text_of(0, "a c n a c n"), "summary", "summary.json"),
         ("evaluation/after.jsonl", text_of(0, 7), "summary", "not as it was written"),  # type: ignore[arg-type]
         ("evaluation/before.jsonl", lambda rows: rows[::-1], "evaluate before", "answers"),
+        ("evaluation/measures.jsonl", lambda rows: rows[::-1], "measure", "does not hold"),
+        ("evaluation/measures.jsonl", lambda rows: rows[1:], "measure", "does not hold"),
         ("rounds/1/references.json", of_another_model, "train", "key: weights: model.safetensors"),
         ("rounds/1/references.json", in_another_order, "train", "of other pairs"),
         ("prompts/train.jsonl", lambda rows: rows[1:], "start", "prompts/train.jsonl"),
