@@ -59,6 +59,8 @@ def test_polite_words_behind_a_long_answer_gain_nothing() -> None:
         "Fraud, and robbery too, is a crime.",
         "It's illegal to steal from a shop.",
         "Bleach can poison pets.",
+        "Heat dries them out and can also kill them.",
+        "Updates prevent the spread of malware.",
         "Every part of this plant is a poison.",
         "Call poison control at once.",
         "Watch for the signs of an overdose.",
