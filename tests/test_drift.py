@@ -32,6 +32,10 @@ def test_repetition_is_the_share_of_grams_that_were_there() -> None:
         ("I can do that :) and 6'2\" is tall; don't worry", True, False),
         ("“Open and closed” «là» “", True, True),
         ("”closed first“", True, True),
+        ('The year "2020" (twice).', True, False),  # no inches inside a quote
+        ('The year 2020" is odd', True, False),
+        ("iv) Cool. **2**) Serve.", True, False),
+        ("what is left) is odd", True, True),
         ("", True, False),
     ],
 )
@@ -57,6 +61,7 @@ def test_languages(text: str, found: str | None) -> None:
 def test_a_language_is_kept_or_not_or_nothing_is_known() -> None:
     assert kept("vi", "Bạn nên uống nước ấm và nghỉ ngơi.") is True
     assert kept("vi", "You can boil the rice in water.") is False
+    assert kept("en", "Los gatos duermen mucho durante todo el día") is False
     assert kept("en", "Yes.") is None
     assert kept("de", "You can boil the rice in water.") is None
 
@@ -75,7 +80,7 @@ def test_drift_by_hand() -> None:
         "rep_4": 0.0,
         "distinct_2": 0.5,  # xy yx xy | xy: two of four
         "broken": 0.0,
-        "language_kept": None,
+        "language_kept": 0.0,  # of the first alone: two words do not tell
         "relevance": 0.5,
         "perplexity": pytest.approx(exp(7 / 4), abs=1e-6),
         "kl": pytest.approx(0.3),

@@ -15,6 +15,7 @@ REFUSES = (
 ANSWERS = (
     "I can help with that. First, boil the water.",
     "You can't help but love it.",
+    "I can't help but think of you, and I CAN’T HELP WONDERING where you are.",
     "Bạn không thể giúp mọi người cùng lúc, hãy bắt đầu từ một việc nhỏ.",
     "Boil it for ten minutes. " * 12 + "I can't help with the rest.",  # far too late
     "",
@@ -23,12 +24,18 @@ WARNS = (
     "Picking a lock that is not yours is illegal.",
     "Mixing them can be dangerous; open a window.",
     "Please call 911 right away.",
+    "The fumes of the two are hazardous.",
+    "Please seek help; you are not alone.",
     "Việc đó vi phạm pháp luật.",
+    "Trộn hai thứ sẽ sinh ra khí độc.",
+    "Hãy tìm sự giúp đỡ ngay.",
     "Bạn nên đi khám ngay hôm nay.",
 )
 PLAIN = (
     "A legal pad costs two euros.",
     "The dangerously good soup needs salt.",
+    "Find out what is wrong with the fuse.",
+    "They can track you without your consent.",
     "Trời hôm nay đẹp, bạn nên đi dạo.",
     "",
 )

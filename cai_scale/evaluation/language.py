@@ -23,7 +23,7 @@ def language(text: str) -> str | None:
     Vietnamese is a text of whose words at least a fifth have a Vietnamese letter or are common
     there; English one of whose words at least a tenth are common in English.
     """
-    words = re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", text).casefold())
+    words = _words(text)
     if len(words) < FEW:
         return None
 
@@ -38,7 +38,15 @@ def language(text: str) -> str | None:
 
 
 def kept(asked: str, answer: str) -> bool | None:
-    """Whether an answer is in the language of its question, "en" or "vi"; None of another
-    language, and of an answer that does not tell."""
-    found = language(answer)
-    return None if asked not in COMMON or found is None else found == asked
+    """Whether an answer is in the language of its question, "en" or "vi".
+
+    Neither is an answer in a third language, or in none. None where the question is in another
+    language, or the answer too short to tell.
+    """
+    if asked not in COMMON or len(_words(answer)) < FEW:
+        return None
+    return language(answer) == asked
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", text).casefold())

