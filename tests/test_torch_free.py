@@ -30,6 +30,7 @@ from cai_scale import constitution, prompts
 from cai_scale.critics import load_critic
 import cai_scale.runtime.serve.app, cai_scale.runtime.serve.command
 import cai_scale.runtime.generate, cai_scale.runtime.chat, cai_scale.runtime.cli
+import cai_scale.evaluation.drift, cai_scale.evaluation.refusals, cai_scale.evaluation.relevance
 critic = load_critic("lexicon", constitution.load())
 print(critic.score(["x"], ["a useful tip"])[0].overall, len(prompts.load("heldout")))
 """,
