@@ -23,7 +23,6 @@ def kl(policy: Tensor, other: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-@torch.no_grad()
 def from_base(task: Task, trainer: Any, answers: Sequence[Sampled]) -> dict[int, float]:
     """The sum over an answer's tokens of KL(policy‖base), in nats, for this rank's share of the
     answers, by their place. It is over the whole vocabulary, at temperature 1.
@@ -36,7 +35,7 @@ def from_base(task: Task, trainer: Any, answers: Sequence[Sampled]) -> dict[int,
     turns = -(-len(answers) // peers.world)
     places = [(turn * peers.world + peers.rank) % len(answers) for turn in range(turns)]
     policy = partial(_logits, trainer.model.eval())  # a training step sets it back
-    with trainer.accelerator.autocast(), _base(task, trainer) as other:
+    with torch.no_grad(), trainer.accelerator.autocast(), _base(task, trainer) as other:
         return {p: float(kl(policy(answers[p]), other(answers[p])).sum()) for p in places}
 
 
