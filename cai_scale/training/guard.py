@@ -207,9 +207,11 @@ class Guard(TrainerCallback):
 
     def _keep(self, look: Look) -> None:
         aside, folder = self._kept / ".saving", self._folder(look)
+        if self.task.ranks.main:  # what a start that was killed has left
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         fit.save(self.task, self.trainer, aside)
         if self.task.ranks.main:
-            shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
             aside.rename(folder)
 
     def _verdict(self) -> str:
