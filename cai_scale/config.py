@@ -134,7 +134,11 @@ class Config:
         "pairs", "answers", "what stands against what: answers, of a prompt's the best against the "
         "worst; revisions, an answer against its first revision", ("answers", "revisions"),
     )  # fmt: skip
-    margin: float = setting("pairs", 0.05, "smallest score gap of a pair", least=0)
+    pairs_per_prompt: int = setting(
+        "pairs", 3, "pairs of a prompt at most: the best answer against the worst, the next "
+        "against the next, and so on; of a judge that compares answers one", least=1,
+    )  # fmt: skip
+    margin: float = setting("pairs", 0.04, "smallest score gap of a pair", least=0)
     audit: str = setting(
         "pairs", "refuse", "what the audit does with pairs beyond its limits: refuse ends the run "
         "before it trains on them, warn goes on", ("refuse", "warn"),
@@ -153,7 +157,7 @@ class Config:
         "prompts with grpo", least=1,
     )  # fmt: skip
     micro_batch_size: int = setting("training", 8, "of these, at once on a rank", least=1)
-    learning_rate: float = setting("training", 2e-4, "peak learning rate", least=0)
+    learning_rate: float = setting("training", 5e-4, "peak learning rate", least=0)
     lora: bool = setting("training", True, "train a LoRA adapter; --no-lora trains the whole model")
     qlora: bool = setting(
         "training", False, "keep the base model in 4 bits while a LoRA adapter is trained; needs a "
@@ -259,8 +263,12 @@ class Config:
     @property
     def rows_of_prompt(self) -> int:
         """How many rows a prompt gives to train on, at most."""
-        every_answer = self.method in ("rlaif", "reward") and self.collects and not self.pairwise
-        return self.samples if every_answer else 1
+        if not self.collects:
+            return 1
+        if self.method in ("rlaif", "reward") and not self.pairwise:
+            return self.samples
+        scored = self.pairwise and self.pairs == "answers" and not self.labels_pairs
+        return max(1, min(self.pairs_per_prompt, self.samples // 2)) if scored else 1
 
     @property
     def pairwise(self) -> bool:

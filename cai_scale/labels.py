@@ -272,7 +272,12 @@ def pairs(
         # An answer without a score is a sample: no revision without one has taken its place.
         why = {key: why for key, _, why in read_scores(files.scores(files.rollouts)) if why}
         built, account, refused = build_pairs(
-            prompts, responses, scores, margin=config.margin, why=why
+            prompts,
+            responses,
+            scores,
+            margin=config.margin,
+            per_prompt=config.pairs_per_prompt,
+            why=why,
         )
     count = preferred_revisions if config.labels_pairs else revisions
     return built, audit(built, account | {"revisions": count(files)}, refused), refused

@@ -176,9 +176,8 @@ class Replay:
         ours = {"max_length": self.config.max_length, "qlora": self.config.qlora}
         ours |= {"weights": record["weights"], "precision": record["precision"]["name"]}
         _same({name: key.get(name) for name in ours}, ours, "references.json: key")
-        ids = {reference.prompt_id for reference in found}
-        trained = [p.prompt_id for p in read_pairs(files.pairs) if p.prompt_id in ids]
-        if [reference.prompt_id for reference in found] != trained:
+        stored = iter(p.prompt_id for p in read_pairs(files.pairs))
+        if not all(reference.prompt_id in stored for reference in found):  # in the same order
             raise GateError("references.json is of other pairs than pairs.jsonl has")
         return f"references of {len(found)} pairs by the base model that config.json names"
 

@@ -90,11 +90,11 @@ def as_text(found: dict[str, Any]) -> str:
             for revision in sample["revisions"]:
                 verdict = "kept" if revision["better"] else "not better"
                 lines += _answer(f"{sample['sample']}, revised, {verdict}", revision)
-    if "pair" in found:
-        pair = found["pair"]
-        title = f"pair: gap {pair['gap']:.4f}" if pair else f"no pair: {found['unpaired']}"
-        lines += ["", coloured(title, "bold")]
-        for role in ("chosen", "rejected") if pair else ():
+    if "unpaired" in found:
+        lines += ["", coloured(f"no pair: {found['unpaired']}", "bold")]
+    for pair in found.get("pairs", ()):
+        lines += ["", coloured(f"pair: gap {pair['gap']:.4f}", "bold")]
+        for role in ("chosen", "rejected"):
             revised = ", revised" if pair[role]["revised"] else ""
             lines += _answer(role + revised, pair[role])
     if "before" in found:
@@ -120,13 +120,16 @@ def _training(run: Run, prompt: Prompt, critic: LexiconCritic, number: int) -> d
             samples[sample]["revisions"].append({**_shown(revision, score, critic), "better": wins})
     found: dict[str, Any] = {"samples": list(samples.values())}
     if files.pairs.is_file():
-        pair = next((p for p in read_pairs(files.pairs) if p.prompt_id == prompt.id), None)
-        found["pair"] = pair and {
-            "chosen": asdict(pair.chosen),
-            "rejected": asdict(pair.rejected),
-            "gap": round(pair.chosen.score - pair.rejected.score, 9),
-        }
-        if pair is None:
+        found["pairs"] = [
+            {
+                "chosen": asdict(pair.chosen),
+                "rejected": asdict(pair.rejected),
+                "gap": round(pair.chosen.score - pair.rejected.score, 9),
+            }
+            for pair in read_pairs(files.pairs)
+            if pair.prompt_id == prompt.id
+        ]
+        if not found["pairs"]:
             found["unpaired"] = _unpaired(files, prompt.id)
     return found
 

@@ -500,7 +500,8 @@ def test_the_rows_of_a_run_add_up(finished_run: Run, capsys: pytest.CaptureFixtu
     figures, rows = read_json(files.audit), [row for _, row in read_jsonl(files.refused)]
     for kind, count in {**figures["dropped"], **figures["unpaired"]}.items():
         assert sum(row["refused"] == kind for row in rows) == count
-    assert figures["prompts"] == figures["pairs"] + sum(figures["unpaired"].values())
+    paired = {row["prompt_id"] for _, row in read_jsonl(files.pairs)}
+    assert figures["prompts"] == len(paired) + sum(figures["unpaired"].values())
     asked = sum(len(list(read_jsonl(file))) for file in files.all_revisions())
     assert figures["revisions"]["asked"] == asked > 0
     assert cli.main(["audit", "--run", str(finished_run.path), "--json"]) == 0

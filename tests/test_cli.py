@@ -56,7 +56,7 @@ def refused(folder: Path, *command: str) -> str:
         (["--seed", str(2**32)], ["--seed", "under 2**32"]),
         (["--temperatures", "0"], ["--temperatures", "above 0"]),
         (["--learning_rate", "0"], ["--learning_rate", "above 0"]),
-        (["--batch_size", "400"], ["--batch_size 400 with 310 prompts: dpo has 310 rows"]),
+        (["--batch_size", "931"], ["--batch_size 931 with 310 prompts: dpo has 930 rows"]),
         (["--report_to", "paper"], ["unknown --report_to 'paper'", "tensorboard"]),
         (["--report_to", "comet_ml"], ["--report_to comet_ml", "not installed"]),
         (["--qlora"], ["--qlora needs"]),

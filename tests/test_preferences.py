@@ -241,3 +241,38 @@ def test_a_lean_at_the_margin_counts_in_spite_of_rounding() -> None:
             [prompt("a")], COMPARED, [("a", 0, 1, Preference(lean))], margin=margin
         )
         assert len(pairs) == count
+
+
+@pytest.mark.parametrize(
+    ("per_prompt", "found"),
+    [
+        (1, [("f", "a")]),
+        (2, [("f", "a"), ("e", "b")]),
+        (3, [("f", "a"), ("e", "b")]),  # the third would be .02 apart
+    ],
+)
+def test_a_prompt_may_give_several_pairs(per_prompt: int, found: list[tuple[str, str]]) -> None:
+    scores = {"c": 0.70, "e": 0.78, "a": 0.6, "b": 0.65, "f": 0.8, "d": 0.72}
+    pairs, account, refused = build_pairs(
+        [prompt("p")],
+        [response("p", i, text) for i, text in enumerate(scores)],
+        [score(value) for value in scores.values()],
+        margin=0.05,
+        per_prompt=per_prompt,
+    )
+    assert [(p.chosen.text, p.rejected.text) for p in pairs] == found
+    assert account["pairs"] == len(found) and not refused
+    figures = audit(pairs, account)
+    assert figures["alike_prompts"] == 0 and figures["out_of"]["alike_prompts"] == 1
+
+
+def test_no_answer_stands_in_two_pairs_even_where_many_score_alike() -> None:
+    scores = [0.7, 0.7, 0.7, 0.8, 0.8]
+    pairs, _, _ = build_pairs(
+        [prompt("p")],
+        [response("p", i, str(i)) for i in range(5)],
+        [score(value) for value in scores],
+        margin=0.0,
+        per_prompt=5,
+    )
+    assert [(p.chosen.text, p.rejected.text) for p in pairs] == [("3", "0"), ("4", "1")]

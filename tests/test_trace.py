@@ -25,7 +25,9 @@ def ids(run: Run) -> list[str]:
 
 def test_a_prompt_is_shown_as_the_files_have_it(finished_run: Any, critic: LexiconCritic) -> None:
     files = finished_run.round(1)
-    pairs = {record["prompt_id"]: record for _, record in read_jsonl(files.pairs)}
+    pairs: dict[str, list[Any]] = {}
+    for _, record in read_jsonl(files.pairs):
+        pairs.setdefault(record["prompt_id"], []).append(record)
     revisions = [record for _, record in read_jsonl(files.revisions())]
     seen, moved = 0, 0
     for prompt_id in ids(finished_run):
@@ -42,13 +44,12 @@ def test_a_prompt_is_shown_as_the_files_have_it(finished_run: Any, critic: Lexic
                 seen += 1
                 best = revision if revision["better"] else best
             kept[sample["sample"]] = best
-        pair = pairs.get(prompt_id)
-        assert (found["pair"] is None) == (pair is None)
-        if pair is None:
+        assert ("unpaired" in found) == (prompt_id not in pairs)
+        if "unpaired" in found:
             assert found["unpaired"] in ("under margin", "fewer than two answers")
-        else:
+        for shown, pair in zip(found["pairs"], pairs.get(prompt_id, []), strict=True):
             gap = pair["chosen"]["score"] - pair["rejected"]["score"]
-            assert found["pair"]["gap"] == pytest.approx(gap)
+            assert shown["gap"] == pytest.approx(gap)
             for role in ("chosen", "rejected"):  # one of the answers that were kept
                 assert pair[role]["text"] in [best["text"] for best in kept.values()]
     assert seen == len(revisions) > 0

@@ -27,7 +27,7 @@ def audit(
     answers differ in it, `chosen_cooler` is the share whose chosen answer was sampled at the lower
     temperature, `chosen_longer` the share whose chosen answer has more words, and `inverted` the
     share whose chosen answer has the lower score of the two. `alike_answers` is the share of pairs
-    whose answers are nearly the same text, `alike_prompts` that of pairs whose prompt is nearly an
+    whose answers are nearly the same text, `alike_prompts` the share of prompts that are nearly an
     earlier one. `agreements` are, for each two critics of an ensemble, the share of the pairs that
     both order which they order alike; `agreement` is the lowest. `gains` counts pairs by the
     principle whose score the chosen answer raises most.
@@ -82,6 +82,7 @@ def _measured(
 ) -> dict[str, Any]:
     gaps = [p.chosen.score - p.rejected.score for p in pairs]
     longer_by = [_words(p.chosen) - _words(p.rejected) for p in pairs]
+    prompts = {pair.prompt_id: pair for pair in pairs}
     agreements = _agreements(pairs)
     ordered = [share for share in agreements.values() if share[1]]
     shares = {
@@ -91,7 +92,7 @@ def _measured(
         "alike_answers": _share(
             _alike(_grams(p.chosen.text), _grams(p.rejected.text)) for p in pairs
         ),
-        "alike_prompts": _share(_repeated([_grams(_conversation(p)) for p in pairs])),
+        "alike_prompts": _share(_repeated([_grams(_conversation(p)) for p in prompts.values()])),
         "agreement": min(ordered, key=lambda share: share[0] or 0.0, default=(None, 0)),
         **more,
     }

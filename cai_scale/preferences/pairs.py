@@ -32,15 +32,18 @@ def build_pairs(
     scores: Sequence[Score | None],
     *,
     margin: float,
+    per_prompt: int = 1,
     why: Mapping[tuple[str, int], str] | None = None,
 ) -> tuple[list[Pair], dict[str, Any], list[Refusal]]:
-    """One pair per prompt whose best and worst answers are at least `margin` apart.
+    """Of each prompt the best answer against the worst, the next against the next, and so on.
 
     Answers without a score and repetitions of another answer to the same prompt are dropped
     first. Among equal scores the earlier sample is taken, so that the outcome depends on nothing
-    else.
+    else. An answer stands in one pair at most.
 
     Args:
+        margin: the two answers of a pair are at least so far apart.
+        per_prompt: how many pairs a prompt gives at most.
         why: by prompt id and sample, why an answer has no score.
 
     Returns:
@@ -69,13 +72,15 @@ def build_pairs(
             said = f"{len(candidates)} different answers with a score"
             refused.append(_refusal(prompt.id, "fewer_than_two_answers", said))
             continue
-        best = max(candidates, key=lambda c: c[1].overall)
-        worst = min(candidates, key=lambda c: c[1].overall)
-        gap = best[1].overall - worst[1].overall
-        if gap < margin - NEAR or best is worst:
-            refused.append(_under(prompt.id, gap, margin))
-        else:
+        best_first = sorted(candidates, key=lambda c: -c[1].overall)
+        worst_first = sorted(candidates, key=lambda c: c[1].overall)
+        for rank, (best, worst) in enumerate(zip(best_first, worst_first, strict=True)):
+            gap = best[1].overall - worst[1].overall
+            if rank == per_prompt or gap < max(margin - NEAR, NEAR):
+                break
             pairs.append(_pair(prompt, _candidate(*best), _candidate(*worst)))
+        if rank == 0:
+            refused.append(_under(prompt.id, gap, margin))
     account = _account(prompts, responses, pairs, refused, ANSWERS, UNPAIRED)
     return pairs, account, refused
 
