@@ -8,13 +8,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from cai_scale import methods, rollout
+from cai_scale.conflicts import conflicts
 from cai_scale.critics.judge import settings as judges
 from cai_scale.critics.weighted import parse
 from cai_scale.errors import ConfigError, MissingError
@@ -179,6 +179,17 @@ class Config:
         "training", ("none",), "where else to log: tensorboard, wandb, mlflow, trackio …"
     )
 
+    guard_steps: int = setting(
+        "guard", 0, "look at the policy after every so many steps: its score, and its drift from "
+        "the base model, on some training prompts; keep the best state that was seen, and stop "
+        "where it only gets worse; 0 never looks", least=0,
+    )  # fmt: skip
+    guard_prompts: int = setting("guard", 24, "training prompts to answer at each look", least=1)
+    guard_budget: float = setting(
+        "guard", 0.1, "the farthest drift of a state that is kept: KL to the base model in nats a "
+        "token; at 0.1 the answers perplex the base 10 % more than they do the policy", least=0,
+    )  # fmt: skip
+
     beta: float = setting(
         "methods", 0.1, "dpo, grpo: β, how firmly the base model holds the policy", least=0
     )
@@ -225,104 +236,8 @@ class Config:
                         raise ConfigError(
                             f"--{item.name} {value!r}: expected a number of at least {least}"
                         )
-        for name in ("learning_rate", "epochs"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"--{name} {getattr(self, name)}: expected a number above 0")
-        for wrong, complaint in (
-            (not self.temperatures, "--temperatures: expected at least one number"),
-            (self.seed >= 2**32, f"--seed {self.seed}: expected a number under 2**32"),
-            (
-                self.samples > 1 and not any(self.temperatures),
-                "--temperatures 0: all samples of a prompt would be the same; give one above 0",
-            ),
-            (
-                self.lora_dropout >= 1,
-                f"--lora_dropout {self.lora_dropout}: expected a number under 1",
-            ),
-            (
-                not 0 < self.top_p <= 1,
-                f"--top_p {self.top_p}: expected a number above 0 and at most 1",
-            ),
-            (
-                not isfinite(self.loss_margin),
-                f"--loss_margin {self.loss_margin}: expected a finite number",
-            ),
-            (
-                self.compares and self.samples < 2,
-                f"--samples {self.samples}: {self.method} compares the answers to a prompt; ask "
-                f"for 2 or more",
-            ),
-            (
-                self.method == "dpo" and self.loss != "margin" and self.beta == 0,
-                "--beta 0.0: expected a number above 0 with dpo",
-            ),
-            (
-                self.objective == "bradley-terry" and self.reward_outputs == "principles",
-                "--reward_outputs principles with --objective bradley-terry: pairs are ordered by "
-                "one score; use regression",
-            ),
-            (
-                self.qlora and not self.lora,
-                "--qlora with --no-lora: weights in 4 bits cannot be trained; give one of them",
-            ),
-            (
-                not self.judged and not (self.judge_url is None and self.judge_model is None),
-                f"--judge_url or --judge_model with --critic {self.critic}: a judge goes with "
-                f"--critic judge, or with --evaluator judge",
-            ),
-            (
-                self.judge_principles == "one" and not self.labels_pairs,
-                "--judge_principles one: a judge draws a principle for two answers; use it with "
-                "another --judge_mode than absolute",
-            ),
-            (
-                self.first_pass and not (self.labels_pairs and self.pairs == "answers"),
-                "--first_pass chooses which answers a judge compares; use it with another "
-                "--judge_mode than absolute, and without --pairs revisions",
-            ),
-            (
-                not 0 <= self.min_agreement <= 1,
-                f"--min_agreement {self.min_agreement}: expected a number from 0 to 1",
-            ),
-            (
-                self.min_agreement > 0 and len(parse(self.critic)) < 2,
-                f"--min_agreement with --critic {self.critic}: one critic agrees with itself; name "
-                f"several",
-            ),
-            (
-                self.pairs == "revisions" and not self.pairwise,
-                f"--pairs revisions with --method {self.method}, which does not train on pairs",
-            ),
-            (
-                self.revision == "critique" and not (self.collects and self.revisions),
-                "--revision critique: nothing is revised here; ask for --revisions 1, of a method "
-                "that samples before it trains",
-            ),
-            (
-                self.labels_pairs and not (self.pairwise and self.critic == "judge"),
-                f"--judge_mode {self.judge_mode} labels pairs: use it with --critic judge alone, "
-                f"and with --method dpo, or reward with --objective bradley-terry",
-            ),
-            (
-                self.pairs == "revisions" and self.revisions == 0,
-                "--pairs revisions with --revisions 0: there would be none; ask for one",
-            ),
-            (
-                len(self.judge_prices) not in (0, 2),
-                f"--judge_prices {self.judge_prices}: expected two numbers",
-            ),
-            (
-                self.judge_max_cost is not None and not self.judge_prices,
-                "--judge_max_cost needs --judge_prices, of the tokens read and written",
-            ),
-            (
-                (self.sampler == "openai") != (self.sampler_url is not None),
-                f"--sampler {self.sampler} {'with' if self.sampler_url else 'without'} "
-                f"--sampler_url: a server's address goes with --sampler openai, and with no other",
-            ),
-        ):
-            if wrong:
-                raise ConfigError(complaint)
+        for complaint in conflicts(self):
+            raise ConfigError(complaint)
 
     @property
     def judged(self) -> bool:

@@ -193,7 +193,8 @@ def _critics(
     judge = scoring = None
     if config.judged:
         settings = config.judge
-        if not config.collects:  # every rank asks about its share of a step's answers
+        # Every rank asks about its share of a step's answers, or of a guard's.
+        if config.guard_steps or not config.collects:
             settings = settings.shared(peers.world)
         journal = run.labels(peers.rank)
         judge = judges.load(constitution, settings, journal=journal, shown=peers.main)

@@ -95,6 +95,7 @@ def train(job: Job, number: int, answers: list[Answer], pairs: list[Pair]) -> No
     config, into = job.config, job.run.trained(number)
     if into.product is not None:
         return
+    at_hand = job.local if job.sampler.name == "openai" else job.sampler
     if config.pairwise:
         _require_sound(job, number, pairs)
     with job.stage(of_round("train", number)):
@@ -113,7 +114,8 @@ def train(job: Job, number: int, answers: list[Answer], pairs: list[Pair]) -> No
                 references=job.run.round(number).references,
                 weights=job.run.record["weights"],
                 critic=job.critic,
-                sampler=_live(job),
+                sampler=_live(job, job.sampler),
+                local=_live(job, at_hand),
             )
         )
         ranks.wait_for(into.adapter, into.model)
@@ -265,23 +267,23 @@ def _answering(job: Job, product: Path | None) -> Iterator["Answering"]:
         gc.collect()
 
 
-def _live(job: Job) -> Callable[[Path | None], Sampler] | None:
-    """Samplers for a training that samples at every step; None where the weights in the process
+def _live(job: Job, choice: Choice) -> Callable[[Path | None], Sampler] | None:
+    """Samplers for a training that samples while it goes on; None where the weights in the process
     answer. A graph goes beside the policy that the training has saved, and is removed with it."""
-    if job.sampler.name == "transformers":
+    if choice.name == "transformers":
         return None
     tokenizer = models.load_tokenizer(job.config.model)
     remotes: list[RemoteSampler] = []
 
     def sampler(product: Path | None) -> Sampler:
-        if job.sampler.name == "openai":
+        if choice.name == "openai":
             if job.ranks.main:  # all ranks have had their answers of the step before
                 for remote in remotes:
                     remote.close()
             remotes[:] = [_remote(job, tokenizer, product)]
             return remotes[0]
         graph = product.with_name("graph") if product else job.run.policy("base")
-        policy = functools.cache(lambda: _policy(job, job.sampler, product, graph))
+        policy = functools.cache(lambda: _policy(job, choice, product, graph))
         rows = job.config.rollout_batch_size
         return OnnxSampler(policy, tokenizer, rows=rows, **_settings(job.config))
 

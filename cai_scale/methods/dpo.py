@@ -14,13 +14,12 @@ rate. All other losses are TRL's, by their names there.
 import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from cai_scale.errors import ConfigError, DataError
 from cai_scale.ranks import agree
 from cai_scale.records import Pair
-from cai_scale.training import adapters, fit, references
+from cai_scale.training import adapters, base, fit, references
 from cai_scale.training.models import load_tokenizer
 from cai_scale.training.references import Reference
 from cai_scale.training.task import Task
@@ -150,19 +149,8 @@ def _base(task: Task, trainer: Any) -> Iterator[Any]:
     if task.config.lora:
         yield trainer.model.eval()  # a training step sets it back
         return
-    from trl.models.utils import prepare_deepspeed
-    from trl.trainer.utils import add_fused_lm_head
-
-    model: Any = fit.policy(replace(task, start=None)).eval()
-    add_fused_lm_head(model)
-    if not trainer.is_deepspeed_enabled:
+    with base.loaded(task, trainer) as model:
         yield model
-        return
-    engine = prepare_deepspeed(model, trainer.accelerator)
-    try:
-        yield engine
-    finally:
-        engine.destroy()
 
 
 def gap(pair: Pair) -> float:

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+GUARD = "guard.json"  # in a product that a guard chose: what it saw of it, and after which step
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -171,7 +172,8 @@ def check_adapter(folder: Path, expected: Shapes | None = None) -> None:
     Raises:
         MissingError: the folder lacks one of its two files.
         IntegrityError: a file cannot be read, a tensor is missing, misshapen, empty or not
-            finite, or every lora_B is still zero, as it is before training.
+            finite, or every lora_B is still zero, as it is before training, and no guard says that
+            this is the best.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -203,8 +205,15 @@ def check_adapter(folder: Path, expected: Shapes | None = None) -> None:
             raise damaged(f"{name} is empty")
         if not bool(tensors[name].isfinite().all()):
             raise damaged(f"{name} holds NaN or Inf")
-    if not _learned(tensors):
+    if not _learned(tensors) and not _kept_as_it_was(folder):
         raise damaged("every lora_B is zero, so nothing was learned")
+
+
+def _kept_as_it_was(folder: Path) -> bool:
+    """Whether a guard found nothing better than the policy before the training."""
+    with suppress(OSError, ValueError):
+        return bool(json.loads((folder / GUARD).read_text("utf-8"))["step"] == 0)
+    return False
 
 
 def is_new(folder: Path) -> bool:

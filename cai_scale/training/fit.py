@@ -128,7 +128,8 @@ def fit(
     finish: Callable[[Path], None] | None = None,
     **shown: str,
 ) -> None:
-    """Train from the newest checkpoint, or from `task.start`; leave the checked product.
+    """Train from the newest checkpoint, or from `task.start`; leave the checked product: the last
+    state, or with `--guard_steps` the best: see `guard`.
 
     Args:
         finish: what is still to do, on the main rank, with the folder of what was saved, before
@@ -142,6 +143,7 @@ def fit(
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from cai_scale.training.callbacks import MetricsLog, ProgressBar
+    from cai_scale.training.guard import Guard
 
     trainer.add_callback(MetricsLog(task.into.metrics))
     if task.ranks.main:
@@ -154,15 +156,21 @@ def fit(
     mixed = task.ds_config is None and task.precision.name != "fp32"
     if mixed and task.config.collects:  # sampling while it trains is outside of autocast
         adapters.leave_formats_to_autocast(model)
+    guard = Guard(task, trainer, finish) if task.config.guard_steps else None
+    if guard is not None:
+        trainer.add_callback(guard)
     trainer.train(resume_from_checkpoint=newest_checkpoint(task.into.checkpoints))
 
     aside = task.into.path / ".product"
-    save(task, trainer, aside)
+    if guard is None:
+        save(task, trainer, aside)
     trainer.accelerator.wait_for_everyone()
     # The arguments live on in accelerate's state; models loaded from here on are not sharded.
     unset_hf_deepspeed_config()
     if not task.ranks.main:
         return
+    if guard is not None:
+        guard.take_product(aside)
     if expected is not None:
         adapters.check_adapter(aside, expected)
     else:
@@ -170,6 +178,8 @@ def fit(
     if finish is not None:
         finish(aside)
     _replace(aside, task.into.model if expected is None else task.into.adapter)
+    if guard is not None:
+        guard.close()
 
 
 def save(task: Task, trainer: "Trainer", folder: Path) -> None:

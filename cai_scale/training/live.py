@@ -124,14 +124,17 @@ class LivePolicy:
         task: Task,
         tokenizer: "PreTrainedTokenizerBase",
         finish: Callable[[Path], None] | None = None,
+        *,
+        folder: str = ".live",
     ) -> None:
         """
         Args:
             finish: what makes an ordinary adapter or model of what is saved, as for `fit.fit`.
+            folder: the name of that in which the ranks meet, its own.
         """
         self.task, self.tokenizer, self._finish = task, tokenizer, finish
         self._reader = PromptReader(tokenizer)
-        self._folder = task.into.path / ".live"
+        self._folder = task.into.path / folder
         self._meetings = 0
         if task.ranks.main:
             shutil.rmtree(self._folder, ignore_errors=True)  # of a start that was killed
@@ -159,6 +162,8 @@ class LivePolicy:
         prompts: Sequence[Prompt],
         samples: int,
         temperatures: Sequence[float],
+        *,
+        round: int | None = None,
     ) -> list[Sampled]:
         """Answer each prompt `samples` times from the weights of the step under way, and score.
 
@@ -167,20 +172,21 @@ class LivePolicy:
 
         Args:
             temperatures: they take turns over a prompt's samples.
+            round: of the random numbers; the step's own where it is None.
 
         Returns:
             The answers to the first prompt in order, then those to the next.
         """
         config, peers = self.task.config, self.task.ranks
         step = trainer.state.global_step + 1
-        round = round_of(self.task.round, step)
+        round = round_of(self.task.round, step) if round is None else round
         requests = requests_for(
             prompts, temperatures, samples=samples, seed=config.seed, round=round
         )
         with self._sampler(trainer, step) as sampler:
             batches = cut(sampler, requests, self._batch_size(len(requests)))
             answered = list(sampler.sample(batches[peers.rank :: peers.world]))
-        everywhere = self._exchange(self._score(prompts, answered))
+        everywhere = self.exchange(self._score(prompts, answered))
         if peers.main:
             shutil.rmtree(self._policy(step).parent, ignore_errors=True)
         found = {(record["prompt_id"], record["sample"]): record for record in everywhere}
@@ -257,7 +263,7 @@ class LivePolicy:
             for (request, c), score in zip(answered, scores, strict=True)
         ]
 
-    def _exchange(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def exchange(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What every rank has brought, on every rank, through files."""
         self._meetings += 1
         own, world = self.task.ranks.rank, self.task.ranks.world

@@ -27,10 +27,11 @@ class Task:
         references: the file that keeps what the base model gives the pairs, for methods that
             compare the policy with it.
         weights: SHA-256 of each file of the base model's weights, by its name.
-        critic: scores the answers of methods that sample while they train.
+        critic: scores the answers of methods that sample while they train, and of guards.
         sampler: makes a sampler of the policy in a folder, or of the base model where that is
             None, for methods that sample while they train: see `training.live`. Where there is
             no such factory, they sample with transformers from the weights in this process.
+        local: the same for guards, which never ask a server.
         round: counts from 1.
     """
 
@@ -48,3 +49,4 @@ class Task:
     weights: Mapping[str, str] = field(default_factory=dict)
     critic: Critic | None = None
     sampler: Callable[[Path | None], Sampler] | None = None
+    local: Callable[[Path | None], Sampler] | None = None
