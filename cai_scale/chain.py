@@ -72,10 +72,12 @@ def stages(run: Run) -> dict[str, Stage]:
         found["evaluate"] = Stage((*settings, heldout, *policy), evaluated)
     else:
         found["evaluate after"] = Stage((run.config, heldout, *policy), (after,))
-        evaluated = (before, after)
+        measures = run.evaluation("measures")
+        found["measure"] = Stage((run.config, heldout, before, after, *policy), (measures,))
+        evaluated = (before, after, measures)
     found["summary"] = Stage(
         (*settings, heldout, *evaluated, run.round(run.rounds).audit, run.metrics),
-        (run.costs, run.report, run.summary, *run.all_labels()),
+        (run.costs, run.report, run.summary, run.evaluation("scores"), *run.all_labels()),
     )
     return found
 

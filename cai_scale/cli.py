@@ -19,7 +19,8 @@ def train_parser(prog: str) -> Parser:
         description="Align a model to a constitution: sample answers, revise and score them, build "
         "pairs, train, and evaluate on held-out prompts. Bare, it runs DPO on the default model "
         "with the bundled prompts. A run that was stopped continues with --resume; 'cai-scale "
-        "collect' and 'cai-scale train' stop after their stage.",
+        "collect' and 'cai-scale train' stop after their stage; 'cai-scale evaluate --bundle A "
+        "--against B' compares two bundles.",
         epilog="example: deepspeed --num_accelerators 2 launch/train.py --ds_config zero2.json",
         allow_abbrev=False,
     )
@@ -85,6 +86,10 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
+    from cai_scale import evaluate
+
+    if any(argument.split("=")[0] in evaluate.FLAGS for argument in arguments):
+        return evaluate.main(arguments)
     return _run(train_parser("cai-scale evaluate"), arguments, "evaluate")
 
 

@@ -50,6 +50,10 @@ class Config:
         "(--judge_url); reward:PATH, a reward model's run, folder or bundle; or several with "
         "weights, as in lexicon*0.5+reward:PATH*0.5"
     )  # fmt: skip
+    evaluator: str = setting(
+        "job", "lexicon", "what scores the answers to --eval_prompts, likewise; a judge is asked "
+        "for numbers there, whatever --judge_mode says"
+    )  # fmt: skip
     start: str | None = setting(
         "job", None, "a finished run whose adapter or model the training continues from, such as "
         "one of sft"
@@ -259,7 +263,7 @@ class Config:
             (
                 not self.judged and not (self.judge_url is None and self.judge_model is None),
                 f"--judge_url or --judge_model with --critic {self.critic}: a judge goes with "
-                f"--critic judge",
+                f"--critic judge, or with --evaluator judge",
             ),
             (
                 self.judge_principles == "one" and not self.labels_pairs,
@@ -317,13 +321,13 @@ class Config:
 
     @property
     def judged(self) -> bool:
-        """Whether a judge is among the critics."""
-        return "judge" in (name for name, _ in parse(self.critic))
+        """Whether a judge is among the critics, of the answers to train on or of the others."""
+        return any(_asks_judge(critic) for critic in (self.critic, self.evaluator))
 
     @property
     def labels_pairs(self) -> bool:
         """Whether a judge says which of two answers is better, in place of scores."""
-        return self.judged and self.judge.compares
+        return _asks_judge(self.critic) and self.judge.compares
 
     @property
     def judge(self) -> judges.Settings:
@@ -357,6 +361,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which `from_dict` takes back."""
         return dataclasses.asdict(self)
+
+
+def _asks_judge(critic: str) -> bool:
+    return "judge" in (name for name, _ in parse(critic))
 
 
 def from_dict(values: Mapping[str, Any], source: str) -> Config:

@@ -1,5 +1,6 @@
 """A run under way on this rank: everything is checked before its first stage begins."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -8,18 +9,17 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cai_scale import chain, critics, ranks
+from cai_scale import chain, critics, ranks, results
 from cai_scale import prompts as prompt_files
 from cai_scale.config import Config, read_ds_config
 from cai_scale.constitution import Constitution
 from cai_scale.constitution import load as load_constitution
 from cai_scale.critics import Comparer, Critic
 from cai_scale.critics import judge as judges
-from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.evaluation import protocol
 from cai_scale.records import Prompt, sha256, write_json, write_jsonl
@@ -49,7 +49,7 @@ class Job:
     constitution: Constitution
     critic: Critic
     comparer: Comparer | None  # labels pairs, where no scores do
-    evaluator: Critic  # scores the held-out answers, whatever the critic is
+    evaluator: Critic  # scores the held-out answers
     start: Path | None  # the adapter or model that the first round continues from
     prompts: Sequence[Prompt]
     heldout: Sequence[Prompt]
@@ -81,7 +81,8 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     """
     peers = ranks.from_environment()
     constitution = load_constitution(config.constitution)
-    critics.check(config.critic, constitution, config.model, config.judge)
+    for name in dict.fromkeys((config.critic, config.evaluator)):
+        critics.check(name, constitution, config.model, config.judge)
     ds_config = None if config.ds_config is None else read_ds_config(config.ds_config)
     if ds_config is not None:
         _require_deepspeed()
@@ -119,7 +120,10 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
     record: dict[str, Any] = {}
     if peers.main:  # hashing, and perhaps a download: before the ranks meet
         record = _record(config, peers, chosen, sampler, constitution, ds_config, prompts, heldout)
-        record["critic"] = critics.identity(config.critic, config.judge)
+        record["critic"] = {
+            **critics.identity(config.critic, config.judge),
+            **critics.identity(config.evaluator, config.judge),
+        }
         record["start"] = {} if origin is None else _hashes(origin)
     ranks.join(peers, deepspeed=ds_config is not None)
     if peers.main:
@@ -132,7 +136,7 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
         path, verb = "", ""
     path, verb = ranks.agree(peers, (path, verb))
     run = Run(Path(path))
-    critic, comparer = _critics(config, constitution, run, peers)
+    critic, comparer, evaluator = _critics(config, constitution, run, peers)
     job = Job(
         config=config,
         run=run,
@@ -143,7 +147,7 @@ def start(config: Config, output: Path | None, *, overwrite: bool = False) -> Jo
         constitution=constitution,
         critic=critic,
         comparer=comparer,
-        evaluator=LexiconCritic(constitution),
+        evaluator=evaluator,
         start=origin,
         prompts=prompts,
         heldout=heldout,
@@ -184,19 +188,25 @@ def _check_reporting(names: Sequence[str]) -> None:
 
 def _critics(
     config: Config, constitution: Constitution, run: Run, peers: ranks.Ranks
-) -> tuple[Critic, Comparer | None]:
-    """What scores answers, and what labels pairs in its place."""
-    judge = None
+) -> tuple[Critic, Comparer | None, Critic]:
+    """What scores answers, what labels pairs in its place, and what scores held-out answers."""
+    judge = scoring = None
     if config.judged:
         settings = config.judge
         if not config.collects:  # every rank asks about its share of a step's answers
             settings = settings.shared(peers.world)
         journal = run.labels(peers.rank)
         judge = judges.load(constitution, settings, journal=journal, shown=peers.main)
-    critic = critics.load_critic(
-        config.critic, constitution, judge=judge, agreement=config.min_agreement
+        scoring = judge
+        if settings.compares:
+            alone = replace(settings, mode="absolute", principles="all")
+            scoring = judges.load(constitution, alone, journal=journal, shown=peers.main)
+    load = functools.partial(
+        critics.load_critic, constitution=constitution, agreement=config.min_agreement
     )
-    return critic, judge if config.labels_pairs else None
+    critic = load(config.critic, judge=judge)
+    evaluator = results.evaluator(config, run, constitution, load(config.evaluator, judge=scoring))
+    return critic, judge if config.labels_pairs else None, evaluator
 
 
 def _keep(run: Run, constitution: Constitution, asked: Mapping[str, Sequence[Prompt]]) -> None:

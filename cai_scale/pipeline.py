@@ -12,6 +12,7 @@ from cai_scale.chain import of_round
 from cai_scale.critics.reward import TorchRewardModel
 from cai_scale.errors import MissingError
 from cai_scale.evaluation import protocol
+from cai_scale.evaluation.likelihood import Reader
 from cai_scale.job import Job
 from cai_scale.methods import load_method
 from cai_scale.preferences.audit import audit_again, require_enough
@@ -24,7 +25,7 @@ from cai_scale.rollout.remote import RemoteSampler
 from cai_scale.rollout.sampler import Sampler, TransformersSampler
 from cai_scale.runtime.bundle import open_bundle
 from cai_scale.runtime.generate import Policy
-from cai_scale.training import models, rewards
+from cai_scale.training import models, reader, rewards
 from cai_scale.training.task import Task
 
 STAGES = ("collect", "train", "evaluate")
@@ -155,8 +156,12 @@ def evaluate(job: Job) -> None:
         before = _answer_heldout(job, "before", answering)
     with _answering(job, product) as answering:
         after = _answer_heldout(job, "after", answering)
+    with job.stage("measure"):
+        measured = results.measured(
+            job.heldout, job.run, before, after, lambda: _readers(job, product), job.ranks
+        )
     if job.ranks.main:
-        answered = results.answered(job.evaluator, job.heldout, before, after)
+        answered = results.answered(job.evaluator, job.heldout, before, after, measured)
         summary = results.summary(job.config, job.run, job.constitution, job.evaluator, answered)
         write_report(job.run, summary, answered, job.constitution)
         digest = chain.finish(job.run, summary)
@@ -213,6 +218,12 @@ def _answer_heldout(job: Job, when: str, answering: "Answering") -> list[Respons
     with job.stage(f"evaluate {when}"):
         sampler = answering(protocol.DECODING)
         return results.heldout(job.heldout, job.run, when, sampler, job.ranks)
+
+
+def _readers(job: Job, product: Path) -> tuple[Reader, Reader]:
+    """The base model and what was trained from it, to read the answers of both."""
+    tokenizer = models.load_tokenizer(job.config.model)
+    return reader.readers(job.config.model, product, job.precision.dtype, tokenizer)
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from cai_scale import constitution, labels, results
 from cai_scale import prompts as prompt_files
 from cai_scale.chain import of_round, stages
 from cai_scale.constitution import Constitution
+from cai_scale.critics import Critic
 from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import CaiError, GateError
+from cai_scale.evaluation import measures
 from cai_scale.preferences.pairs import read_pairs
 from cai_scale.ranks import Ranks
 from cai_scale.records import (
@@ -45,8 +47,13 @@ class Replay:
     @property
     def checks(self) -> dict[str, Callable[[], str]]:
         """The checks of the stages that this run has."""
-        by_stage = {"start": self.start, "evaluate": self.rewards, "summary": self.summary}
-        for when in ("before", "after"):
+        by_stage = {
+            "start": self.start,
+            "evaluate": self.rewards,
+            "measure": self.measures,
+            "summary": self.summary,
+        }
+        for when in measures.WHEN:
             by_stage[f"evaluate {when}"] = functools.partial(self.evaluation, when)
         for number in range(1, self.run.rounds + 1):
             for name, check in (
@@ -68,8 +75,8 @@ class Replay:
         return constitution.from_dict(read_json(self.run.constitution), "constitution.json")
 
     @functools.cached_property
-    def evaluator(self) -> LexiconCritic:
-        return LexiconCritic(self.constitution)
+    def evaluator(self) -> Critic:
+        return results.evaluator(self.config, self.run, self.constitution, Stored())
 
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
@@ -82,7 +89,7 @@ class Replay:
     def rollouts(self, number: int) -> list[Response]:
         files = self.run.round(number)
         _require(files.rollouts)
-        return results.rollouts(self.config, self.prompts, files, _Stored(), Ranks(), round=number)
+        return results.rollouts(self.config, self.prompts, files, Stored(), Ranks(), round=number)
 
     def revised(self, number: int) -> tuple[list[Response], list[Score | None]]:
         files = self.run.round(number)
@@ -94,18 +101,24 @@ class Replay:
         return labels.answers(
             self.config,
             self.constitution,
-            _Stored(),
-            _Stored() if self.config.labels_pairs else None,
+            Stored(),
+            Stored() if self.config.labels_pairs else None,
             self.prompts,
             self.rollouts(number),
             files,
-            _Stored(),
+            Stored(),
             Ranks(),
         )
 
     def answers(self, when: str) -> list[Response]:
         _require(self.run.evaluation(when))
-        return results.heldout(self.heldout, self.run, when, _Stored(), Ranks())
+        return results.heldout(self.heldout, self.run, when, Stored(), Ranks())
+
+    @functools.cached_property
+    def measured(self) -> results.Measures:
+        file = self.run.evaluation("measures")
+        _require(file)
+        return measures.read(file, self.heldout)
 
     def start(self) -> str:
         record = self.run.record
@@ -123,6 +136,10 @@ class Replay:
 
     def evaluation(self, when: str) -> str:
         return f"{len(self.answers(when))} answers, as they were asked for"
+
+    def measures(self) -> str:
+        """They are of the answers; the numbers themselves need the models."""
+        return f"measures of {sum(map(len, self.measured.values()))} answers"
 
     def rollout(self, number: int) -> str:
         return f"{len(self.rollouts(number))} answers, as they were asked for"
@@ -142,7 +159,7 @@ class Replay:
         if self.config.labels_pairs and self.config.pairs == "answers":
             _require(files.comparisons(files.pairs))
             compared = labels.comparisons(
-                self.config, self.constitution, _Stored(), self.prompts, responses, files, Ranks()
+                self.config, self.constitution, Stored(), self.prompts, responses, files, Ranks()
             )
         pairs, figures, refused = labels.pairs(
             self.config, self.prompts, files, responses, scores, compared
@@ -188,9 +205,9 @@ class Replay:
         file = self.run.round(1).scores(product)
         for path in (product, file, self.run.evaluation("predicted")):
             _require(path)
-        responses = results.reward_answers(self.config, self.heldout, self.run, _Stored(), Ranks())
+        responses = results.reward_answers(self.config, self.heldout, self.run, Stored(), Ranks())
         asked = [""] * len(responses)
-        scores = labels.score_once(_Stored(), asked, responses, file, Ranks())
+        scores = labels.score_once(Stored(), asked, responses, file, Ranks())
         return labels.scored(self.heldout, responses, scores)
 
     def rewards(self) -> str:
@@ -203,7 +220,11 @@ class Replay:
             _same(read_json(self.run.summary), again, "summary.json")
             return f"figures over {again['reward']['n']} answers recomputed"
         answered = results.answered(
-            self.evaluator, self.heldout, self.answers("before"), self.answers("after")
+            self.evaluator,
+            self.heldout,
+            self.answers("before"),
+            self.answers("after"),
+            self.measured,
         )
         again = results.summary(self.config, self.run, self.constitution, self.evaluator, answered)
         _same(read_json(self.run.summary), again, "summary.json")
@@ -217,7 +238,7 @@ class Replay:
             return f"scores as {self.config.critic} gave them"
         text = {prompt.id: prompt.text for prompt in (*self.prompts, *self.heldout)}
         responses = read_records(product, lambda record: Response(**record))
-        again = self.evaluator.score(
+        again = LexiconCritic(self.constitution).score(
             [text[r.prompt_id] for r in responses], [r.text for r in responses]
         )
         file = self.run.round(1).scores(product)
@@ -227,7 +248,7 @@ class Replay:
         return "scored again"
 
 
-class _Stored:
+class Stored:
     """Stands where a sampler or a critic does when every answer has its score already."""
 
     name = "stored"

@@ -4,7 +4,7 @@ works it out again, by the same code. No torch.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 from cai_scale.config import Config
 from cai_scale.constitution import Constitution
 from cai_scale.critics import Critic
+from cai_scale.critics.lexicon import LexiconCritic
+from cai_scale.critics.remembered import Remembered
 from cai_scale.errors import DataError
-from cai_scale.evaluation import protocol
-from cai_scale.evaluation.compare import Answered, compare, drift, slices
+from cai_scale.evaluation import measures, protocol
+from cai_scale.evaluation.compare import Answered, Measure, compare, drift, slices
+from cai_scale.evaluation.likelihood import Reader
 from cai_scale.evaluation.rewards import rewards
-from cai_scale.ranks import Ranks
+from cai_scale.ranks import Ranks, wait_for
 from cai_scale.records import (
     Answer,
     Prompt,
@@ -27,10 +30,13 @@ from cai_scale.records import (
     read_json,
     read_jsonl,
     read_records,
+    write_jsonl,
 )
 from cai_scale.rollout.collect import collect, requests_for
 from cai_scale.rollout.sampler import Sampler
 from cai_scale.runs import Round, Run
+
+Measures = Mapping[str, Sequence[Measure]]  # of the answers "before" and "after"
 
 
 def rollouts(
@@ -120,13 +126,58 @@ def reward_summary(
     return {**_about(config, run, constitution), "reward": figures, **cost(run)}
 
 
+def evaluator(config: Config, run: Run, constitution: Constitution, critic: Critic) -> Critic:
+    """What scores the held-out answers: the lexicon, as often as it is asked; any other critic
+    once, and what it said is kept."""
+    if config.evaluator == LexiconCritic.name:
+        return LexiconCritic(constitution)
+    return Remembered(critic, run.evaluation("scores"))
+
+
+def measured(
+    prompts: Sequence[Prompt],
+    run: Run,
+    before: Sequence[Response],
+    after: Sequence[Response],
+    readers: Callable[[], tuple[Reader, Reader | None]],
+    ranks: Ranks,
+) -> Measures:
+    """What is measured of the held-out answers; what is stored already is not measured again.
+
+    Every rank measures its share of the prompts, and rank 0 joins what they found.
+
+    Args:
+        readers: loads the base model and the policy; None in its place leaves the KL out.
+    """
+    file = run.evaluation("measures")
+    if not file.exists():
+        parts = [
+            file.with_name(f".{file.stem}-{rank}-of-{ranks.world}{file.suffix}")
+            for rank in range(ranks.world)
+        ]
+        own, share = parts[ranks.rank], slice(ranks.rank, None, ranks.world)
+        if not own.exists():
+            base, policy = readers()
+            asked, same = prompts[share], None if policy is None else base
+            rows = measures.measure(asked, before[share], "before", base, same)
+            rows += measures.measure(asked, after[share], "after", base, policy)
+            write_jsonl(own, rows)
+        if ranks.main:
+            measures.join(parts, prompts, file)
+    wait_for(file)
+    return measures.read(file, prompts)
+
+
 def answered(
     critic: Critic,
     prompts: Sequence[Prompt],
     before: Sequence[Response],
     after: Sequence[Response],
+    measured: Measures | None = None,
 ) -> list[Answered]:
-    """The held-out prompts with both of their answers and the scores of these."""
+    """The held-out prompts with both of their answers, the scores of these and their measures."""
+    unmeasured = [Measure()] * len(prompts)
+    given = measured or {"before": unmeasured, "after": unmeasured}
     texts = [prompt.text for prompt in prompts]
     rows = zip(
         prompts,
@@ -134,11 +185,21 @@ def answered(
         after,
         critic.score(texts, [r.text for r in before]),
         critic.score(texts, [r.text for r in after]),
+        given["before"],
+        given["after"],
         strict=True,
     )
     return [
-        Answered(prompt=p, before=b, after=a, before_score=bs, after_score=as_)
-        for p, b, a, bs, as_ in rows
+        Answered(
+            prompt=prompt,
+            before=before,
+            after=after,
+            before_score=before_score,
+            after_score=after_score,
+            before_measure=before_measure,
+            after_measure=after_measure,
+        )
+        for prompt, before, after, before_score, after_score, before_measure, after_measure in rows
     ]
 
 
@@ -152,13 +213,26 @@ def summary(
     """The content of `summary.json`."""
     return {
         **_about(config, run, constitution),
-        "critic": critic.name,
+        "critic": config.evaluator,
+        **figures(constitution, critic, answers),
+        **cost(run),
+    }
+
+
+def figures(
+    constitution: Constitution, critic: Critic, answers: Sequence[Answered]
+) -> dict[str, Any]:
+    """What follows from the held-out answers, their scores and their measures.
+
+    Args:
+        critic: what has scored them.
+    """
+    return {
         **compare(answers, constitution),
         "drift": drift(answers),
         "slices": slices(answers, constitution),
         "decoding": asdict(protocol.DECODING) | {"stop": list(protocol.DECODING.stop)},
         "seeds": [protocol.SEED],
-        **cost(run),
     }
 
 

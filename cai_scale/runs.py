@@ -173,6 +173,11 @@ class Run(Trained):
         return self.path / "bundle"
 
     @property
+    def bundles(self) -> Path:
+        """Which bundles were compared, where a folder has no run but an evaluation of two."""
+        return self.path / "bundles.json"
+
+    @property
     def chain(self) -> Path:
         """What each stage read and wrote, by SHA-256: see `chain.py`."""
         return self.path / "chain.json"
@@ -217,7 +222,8 @@ class Run(Trained):
         return Round(self.path / "rounds" / str(number))
 
     def evaluation(self, when: str) -> Path:
-        """The answers of an evaluation; `when` is "before" or "after"."""
+        """The answers of an evaluation; `when` is "before" or "after". Beside them lie their
+        "measures", and the "scores" of a critic that is not the lexicon."""
         return self.path / "evaluation" / f"{when}.jsonl"
 
     @property

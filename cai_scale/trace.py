@@ -3,18 +3,22 @@
 import difflib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cai_scale import config as settings
 from cai_scale import constitution as constitutions
 from cai_scale import prompts as prompt_files
 from cai_scale import results, runs
 from cai_scale.commands import Parser
+from cai_scale.critics import Critic
 from cai_scale.critics.lexicon import LexiconCritic
-from cai_scale.errors import ConfigError, MissingError
+from cai_scale.errors import ConfigError, GateError, MissingError
 from cai_scale.preferences.pairs import read_pairs
 from cai_scale.records import Prompt, Response, Score, read_json, read_records
+from cai_scale.replay import Stored
 from cai_scale.rollout.revise import better, sample_of
 from cai_scale.runs import Round, Run
 from cai_scale.terminal import coloured, wrapped
@@ -144,11 +148,24 @@ def _evaluation(run: Run, prompt: Prompt, critic: LexiconCritic) -> dict[str, An
         for when in ("before", "after")
         for answer in _answers(run.evaluation(when), prompt.id)
     }
-    found: dict[str, Any] = {when: _scored(answer, critic) for when, answer in given.items()}
-    if len(given) == 2:
-        (answered,) = results.answered(critic, [prompt], [given["before"]], [given["after"]])
+    config = settings.from_dict(run.settings(), str(run.config))
+    evaluator = results.evaluator(config, run, critic.constitution, Stored())
+    found: dict[str, Any] = {
+        when: _shown(answer, _evaluated(evaluator, prompt, answer), critic)
+        for when, answer in given.items()
+    }
+    with suppress(KeyError, GateError):  # not answered, or not scored, so far
+        before, after = ([given[when]] for when in ("before", "after"))
+        (answered,) = results.answered(evaluator, [prompt], before, after)
         found["verdict"] = answered.verdict
     return found
+
+
+def _evaluated(evaluator: Critic, prompt: Prompt, answer: Response) -> Score | None:
+    """The score of a held-out answer; None too where a critic has not been asked so far."""
+    with suppress(GateError):
+        return evaluator.score([prompt.text], [answer.text])[0]
+    return None
 
 
 def _prompts(run: Run, kind: str) -> list[Prompt]:
@@ -175,10 +192,6 @@ def _with_scores(
     for answer in answers:
         score = given.get(answer.sample)
         yield answer, score and Score(**score)
-
-
-def _scored(answer: Response, critic: LexiconCritic) -> dict[str, Any]:
-    return _shown(answer, critic.score([""], [answer.text])[0], critic)
 
 
 def _shown(answer: Response, score: Score | None, critic: LexiconCritic) -> dict[str, Any]:

@@ -10,6 +10,27 @@ from numpy.typing import NDArray
 from cai_scale.constitution import Constitution
 from cai_scale.evaluation.protocol import RESAMPLES, TIE
 from cai_scale.records import Prompt, Response, Score
+from cai_scale.statistics import wilson
+
+VERDICTS = ("win", "loss", "tie")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What no critic says of an answer; None where it was not measured.
+
+    Attributes:
+        relevance: the cosine of the embeddings of prompt and answer, in [-1, 1]; English only.
+        nll: the mean of -log p of the answer's tokens under the base model, in nats.
+        kl: the mean over the answer's tokens of KL(policy‖base), in nats; 0 for an answer of the
+            base model itself.
+        tokens: how many tokens of the answer these are means over.
+    """
+
+    relevance: float | None = None
+    nll: float | None = None
+    kl: float | None = None
+    tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +42,8 @@ class Answered:
     after: Response
     before_score: Score | None
     after_score: Score | None
+    before_measure: Measure = Measure()
+    after_measure: Measure = Measure()
 
     @property
     def verdict(self) -> str:
@@ -37,15 +60,17 @@ class Answered:
 
 
 def compare(answered: Sequence[Answered], constitution: Constitution) -> dict[str, Any]:
-    """Before, after, Δ with its interval, and wins; `n` counts prompts.
+    """Before, after, Δ with its interval, and wins with theirs; `n` counts prompts.
 
-    Means and Δ are over the prompts whose answers both have a score; `scored` counts them.
+    Means and Δ are over the prompts whose answers both have a score; `scored` counts them. A
+    critic that gives the mean alone has None for every principle.
     """
     scored = [a for a in answered if a.before_score is not None and a.after_score is not None]
     before = _columns([a.before_score for a in scored], constitution)
     after = _columns([a.after_score for a in scored], constitution)
     delta = {name: after[name] - before[name] for name in before}
     verdicts = [a.verdict for a in answered]
+    counts = {name: verdicts.count(name) for name in VERDICTS}
     return {
         "n": len(answered),
         "scored": len(scored),
@@ -56,16 +81,19 @@ def compare(answered: Sequence[Answered], constitution: Constitution) -> dict[st
             "ci95": interval(delta["overall"]),
             "principles_ci95": {k: interval(v) for k, v in delta.items() if k != "overall"},
         },
-        **{name: verdicts.count(name) for name in ("win", "loss", "tie")},
+        **counts,
+        **{f"{name}_ci95": wilson(count, len(answered)) for name, count in counts.items()},
     }
 
 
 def slices(answered: Sequence[Answered], constitution: Constitution) -> dict[str, Any]:
-    """The same comparison for each language."""
-    languages = sorted({a.prompt.language for a in answered})
+    """The same comparison for each language, and for each category that is named."""
     return {
-        language: compare([a for a in answered if a.prompt.language == language], constitution)
-        for language in languages
+        kind: {
+            name: compare([a for a in answered if getattr(a.prompt, kind) == name], constitution)
+            for name in sorted({getattr(a.prompt, kind) for a in answered} - {""})
+        }
+        for kind in ("language", "category")
     }
 
 
@@ -100,11 +128,13 @@ def interval(deltas: NDArray[np.float64]) -> list[float] | None:
 def _columns(
     scores: Sequence[Score | None], constitution: Constitution
 ) -> dict[str, NDArray[np.float64]]:
-    """[prompts] for "overall" and for each principle."""
+    """[prompts] for "overall" and for each principle; [0] for one that some score lacks."""
     given = [score for score in scores if score is not None]
     columns = {"overall": np.array([score.overall for score in given])}
     for principle in constitution.principles:
-        columns[principle.id] = np.array([score.principles[principle.id] for score in given])
+        known = all(principle.id in score.principles for score in given)
+        values = [score.principles[principle.id] for score in given] if known else []
+        columns[principle.id] = np.array(values)
     return columns
 
 

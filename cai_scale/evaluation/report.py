@@ -37,11 +37,15 @@ def write_report(
     page = environment.get_template("report.html.jinja").render(
         run=run.path.name,
         summary=summary,
-        config=read_json(run.config),
+        config=read_json(run.config) if run.config.is_file() else {},
         audit=read_json(audit) if (audit := run.round(run.rounds).audit).is_file() else {},
         constitution=constitution,
         table=rows(summary, constitution),
-        slices={key: rows(part, constitution) for key, part in summary["slices"].items()},
+        slices={
+            name: (part["n"], rows(part, constitution))
+            for kind in ("language", "category")
+            for name, part in summary["slices"][kind].items()
+        },
         charts=_charts(run, summary, answered, constitution),
         samples=_spread(answered, SAMPLES),
     )
@@ -61,11 +65,11 @@ def _charts(
     import matplotlib
 
     matplotlib.use("Agg")
-    return {
+    charts = {
         "Scores before and after": _scores(summary, constitution),
         "Difference per prompt": _differences(answered),
-        "Training": _training(run),
     }
+    return charts | ({"Training": _training(run)} if run.metrics.is_file() else {})
 
 
 def _scores(summary: Mapping[str, Any], constitution: Constitution) -> str:

@@ -39,10 +39,11 @@ def print_summary(summary: Mapping[str, Any], constitution: Constitution) -> Non
         table.add_row(*map(escape, row))
     table.add_section()
     table.add_row(*map(escape, overall), style="bold")
-    for language, part in summary["slices"].items():
-        title, *figures = rows(part, constitution)[-1]
-        row = (f"{title}, {language} (n = {part['n']})", *figures)
-        table.add_row(*map(escape, row))
+    for kind in ("language", "category"):
+        for name, part in summary["slices"][kind].items():
+            title, *figures = rows(part, constitution)[-1]
+            row = (f"{title}, {name} (n = {part['n']})", *figures)
+            table.add_row(*map(escape, row))
     console = Console(width=100)
     console.print(table)
     n, scored = summary["n"], summary["scored"]

@@ -19,7 +19,7 @@ class OnnxSampler:
     def __init__(
         self,
         load_policy: Callable[[], generate.Policy],
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: "PreTrainedTokenizerBase | None",
         *,
         max_new_tokens: int,
         top_p: float,
@@ -28,11 +28,13 @@ class OnnxSampler:
     ) -> None:
         """
         Args:
-            load_policy: called at the first sample.
+            load_policy: called at the first sample, or before where there is no tokenizer.
+            tokenizer: reads prompts; the policy's own template and tokens where None.
             max_new_tokens, top_p, top_k: see `runtime.sampling.Decoding`.
             rows: how many answers are under way at once.
         """
-        self._load_policy, self._reader = load_policy, PromptReader(tokenizer)
+        self._load_policy = load_policy
+        self._tokens = self._encode if tokenizer is None else PromptReader(tokenizer).tokens
         self.max_new_tokens, self.top_p, self.top_k = max_new_tokens, top_p, top_k
         self.rows = rows
 
@@ -41,7 +43,7 @@ class OnnxSampler:
         return self._load_policy()
 
     def prompt_tokens(self, request: Request) -> int:
-        return len(self._reader.tokens(request))
+        return len(self._tokens(request))
 
     def sample(self, batches: Sequence[Sequence[Request]]) -> Iterator[tuple[Request, Completion]]:
         generator = generate.Generator(self.policy, self.rows)
@@ -53,9 +55,12 @@ class OnnxSampler:
                 if piece.completion is not None:
                     yield asked[piece.index], piece.completion
 
+    def _encode(self, request: Request) -> tuple[int, ...]:
+        return tuple(self.policy.chat.encode(request.messages))
+
     def _request(self, request: Request) -> generate.Request:
         return generate.Request(
-            tokens=self._reader.tokens(request),
+            tokens=self._tokens(request),
             decoding=Decoding(
                 temperature=request.temperature,
                 top_p=self.top_p,

@@ -107,6 +107,21 @@ class Policy:
                 f"the prompt or the answer"
             )
 
+    def read(
+        self, messages: Sequence[Message], answer: str
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Read an answer that somebody gave, as far as the model has room for it.
+
+        Returns:
+            The tokens of its text, [tokens], and the logits that foretell each, [tokens,
+            vocabulary].
+        """
+        prompt = self.chat.encode(messages)
+        ids = self.chat.tokenizer.encode(answer, add_special_tokens=False).ids
+        ids = ids[: self.longest - len(prompt)]
+        # The last token foretells none of them.
+        return np.array(ids, np.int64), self.graph.logits([*prompt, *ids][:-1], len(ids))
+
     def answer(
         self,
         conversations: Sequence[Sequence[Message]],

@@ -81,6 +81,11 @@ class Graph:
         """The cache of rows that have just been read, padded on the right."""
         return self.run(input_ids, attention_mask, self.empty_cache(len(input_ids)))[1]
 
+    def logits(self, tokens: Sequence[int], last: int) -> Array:
+        """Of one row without a cache, the logits of its `last` tokens: [last, vocabulary]."""
+        ids = np.array([tokens], np.int64)
+        return self.run(ids, np.ones_like(ids), self.empty_cache(1))[0][0, -last:]
+
     def _run(self, **feed: Array) -> tuple[Array, dict[str, Array]]:
         values = self.session.run(self.output_names, feed)
         outputs = dict(zip(self.output_names, values, strict=True))
@@ -99,17 +104,23 @@ class FusedGraph(Graph):
     def run(
         self, input_ids: Array, attention_mask: Array, cache: dict[str, Array]
     ) -> tuple[Array, dict[str, Array]]:
-        kept = np.arange(input_ids.shape[1])
-        return self._run(
-            input_ids=input_ids, attention_mask=attention_mask, **{KEPT: kept}, **cache
-        )
+        return self._keep(np.arange(input_ids.shape[1]), input_ids, attention_mask, cache)
 
     def read(self, input_ids: Array, attention_mask: Array) -> dict[str, Array]:
         kept = np.zeros(1, np.int64)  # one token's logits, which nobody reads
-        cache = self.empty_cache(len(input_ids))
+        return self._keep(kept, input_ids, attention_mask, self.empty_cache(len(input_ids)))[1]
+
+    def logits(self, tokens: Sequence[int], last: int) -> Array:
+        kept, ids = np.arange(len(tokens))[-last:], np.array([tokens], np.int64)
+        return self._keep(kept, ids, np.ones_like(ids), self.empty_cache(1))[0][0]
+
+    def _keep(
+        self, kept: Array, input_ids: Array, attention_mask: Array, cache: dict[str, Array]
+    ) -> tuple[Array, dict[str, Array]]:
+        """One step that forms the logits of the new tokens at the places `kept` alone."""
         return self._run(
             input_ids=input_ids, attention_mask=attention_mask, **{KEPT: kept}, **cache
-        )[1]
+        )
 
 
 def pad(
