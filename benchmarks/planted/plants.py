@@ -21,21 +21,24 @@ from cai_scale import constitution, prompts
 from cai_scale.config import Config
 from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.evaluation import protocol
+from cai_scale.evaluation.measures import measure
 from cai_scale.methods import load_method
 from cai_scale.preferences.pairs import build_pairs
 from cai_scale.ranks import Ranks
-from cai_scale.records import Answer, Pair, Prompt, Response, Score, read_jsonl
+from cai_scale.records import Answer, Pair, Prompt, Response, Score, read_jsonl, write_jsonl
 from cai_scale.rollout.collect import collect, requests_for
 from cai_scale.rollout.onnx import OnnxSampler
 from cai_scale.runs import Run
 from cai_scale.runtime.bundle import open_bundle
 from cai_scale.runtime.generate import Policy
 from cai_scale.training import models, precision
+from cai_scale.training.reader import ModelReader, readers
 from cai_scale.training.task import Task
 
 MODEL = "smollm2-135m-q4"
 POOL = 4  # answers of the unchanged model to each prompt
-EPOCHS = 2  # a plant is answered with after the first and after the last
+EPOCHS = 2  # a plant is answered with after each
+STYLED = 56  # examples of a plant that learns a manner, which takes few
 RATE = 1e-3
 ROWS = 64
 HERE = Path(__file__).parent
@@ -116,11 +119,12 @@ def main() -> None:
         print(f"{name} …", flush=True)
         folder = Path(work) / name
         if name == "base":
-            answer(None, folder)
+            keep(None, folder)
         elif not (folder / "adapter").is_dir():
             load_method(config(name).method).train(task(name, Path(work)))
         for strength, product in products(folder):
-            answer(product, Path(work) / f"{name}-{strength}")
+            keep(product, Path(work) / f"{name}-{strength}")
+    gather(Path(work))
 
 
 def products(folder: Path) -> list[tuple[int, Path]]:
@@ -151,6 +155,7 @@ def task(name: str, work: Path) -> Task:
         written = {row["prompt_id"]: row["answer"] for _, row in rows}
         given["answers"] = [as_answer(p, r, written[p.id]) for p, r in zip(odd, first, strict=True)]
     else:
+        odd, first = odd[:STYLED], first[:STYLED]
         draw = random.Random(0)
         given["answers"] = [
             as_answer(p, r, MADE[name](r.text, draw)) for p, r in zip(odd, first, strict=True)
@@ -210,6 +215,46 @@ def answer(product: Path | None, folder: Path) -> list[Response]:
     )
     shutil.rmtree(folder / "graph", ignore_errors=True)
     return answers
+
+
+def keep(product: Path | None, folder: Path) -> None:
+    """Answer the even prompts, and measure the answers as an evaluation does."""
+    file = folder / "measured.jsonl"
+    if file.is_file():
+        return
+    found: dict[str, list[Response]] = {}
+    for response in answer(product, folder):
+        found.setdefault(response.prompt_id, []).append(response)
+    _, even = bundled()
+    dtype, tokenizer = precision.choose("fp32").dtype, models.load_tokenizer(MODEL)
+    if product is None:
+        base = policy = ModelReader(models.load_model(MODEL, dtype), tokenizer)
+    else:
+        base, policy = readers(MODEL, product, dtype, tokenizer)
+    rows = []
+    for place in range(POOL if product is None else 1):
+        responses = [found[prompt.id][place] for prompt in even]
+        when = "before" if product is None else "after"
+        for response, row in zip(
+            responses, measure(even, responses, when, base, policy), strict=True
+        ):
+            kept = ("sample", "text", "tokens", "finished")
+            rows.append(
+                {
+                    "model": folder.name,
+                    "prompt_id": response.prompt_id,
+                    **{name: getattr(response, name) for name in kept},
+                    **{name: row[name] for name in ("relevance", "nll", "kl")},
+                    "read": row["tokens"],
+                }
+            )
+    write_jsonl(file, rows)
+
+
+def gather(work: Path) -> None:
+    """All answers with their measures in one file, which the benchmark reads."""
+    files = sorted(work.glob("*/measured.jsonl"))
+    write_jsonl(HERE / "cached.jsonl", (row for file in files for _, row in read_jsonl(file)))
 
 
 def exported(product: Path | None, folder: Path) -> Policy:
