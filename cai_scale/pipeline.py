@@ -9,6 +9,7 @@ from typing import Any
 
 from cai_scale import chain, labels, ranks, results
 from cai_scale.chain import of_round
+from cai_scale.critics import LEXICONS
 from cai_scale.critics.reward import TorchRewardModel
 from cai_scale.errors import MissingError
 from cai_scale.evaluation import protocol
@@ -125,8 +126,8 @@ def _require_sound(job: Job, number: int, pairs: list[Pair]) -> None:
     """Audit the pairs as they are stored: warn, or refuse to train on them."""
     config, figures = job.config, read_json(job.run.round(number).audit)
     require_enough(pairs, config.batch_size, figures)
-    # To ask the lexicon again costs nothing.
-    critic = job.critic if config.critic == "lexicon" else None
+    # To ask a lexicon again costs nothing.
+    critic = job.critic if config.critic in LEXICONS else None
     findings = judge(audit_again(figures, pairs, critic))
     fatal = "refuse" if config.audit == "refuse" else None
     for finding in findings:

@@ -9,8 +9,7 @@ from cai_scale import constitution, labels, results
 from cai_scale import prompts as prompt_files
 from cai_scale.chain import of_round, stages
 from cai_scale.constitution import Constitution
-from cai_scale.critics import Critic
-from cai_scale.critics.lexicon import LexiconCritic
+from cai_scale.critics import LEXICONS, Critic, load_critic
 from cai_scale.errors import CaiError, GateError
 from cai_scale.evaluation import measures
 from cai_scale.preferences.pairs import read_pairs
@@ -234,11 +233,11 @@ class Replay:
         """The stored scores of stored answers are what the lexicon gives; it alone is at hand."""
         if self.config.labels_pairs:
             return "the judge compares pairs"
-        if self.config.critic != "lexicon":
+        if self.config.critic not in LEXICONS:
             return f"scores as {self.config.critic} gave them"
         text = {prompt.id: prompt.text for prompt in (*self.prompts, *self.heldout)}
         responses = read_records(product, lambda record: Response(**record))
-        again = LexiconCritic(self.constitution).score(
+        again = load_critic(self.config.critic, self.constitution).score(
             [text[r.prompt_id] for r in responses], [r.text for r in responses]
         )
         file = self.run.round(1).scores(product)

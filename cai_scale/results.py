@@ -19,8 +19,10 @@ from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.critics.remembered import Remembered
 from cai_scale.errors import DataError
 from cai_scale.evaluation import measures, protocol
-from cai_scale.evaluation.compare import Answered, Measure, compare, drift, slices
+from cai_scale.evaluation.compare import Answered, Measure, compare, slices
+from cai_scale.evaluation.drift import drift
 from cai_scale.evaluation.likelihood import Reader
+from cai_scale.evaluation.refusals import safety
 from cai_scale.evaluation.rewards import rewards
 from cai_scale.ranks import Ranks, wait_for
 from cai_scale.records import (
@@ -230,6 +232,7 @@ def figures(
     return {
         **compare(answers, constitution),
         "drift": drift(answers),
+        "safety": safety(answers),
         "slices": slices(answers, constitution),
         "decoding": asdict(protocol.DECODING) | {"stop": list(protocol.DECODING.stop)},
         "seeds": [protocol.SEED],

@@ -60,7 +60,10 @@ def refused(folder: Path, *command: str) -> str:
         (["--report_to", "paper"], ["unknown --report_to 'paper'", "tensorboard"]),
         (["--report_to", "comet_ml"], ["--report_to comet_ml", "not installed"]),
         (["--qlora"], ["--qlora needs"]),
-        (["--critic", "oracle"], ["unknown critic 'oracle'", "lexicon, judge, reward:PATH"]),
+        (
+            ["--critic", "oracle"],
+            ["unknown critic 'oracle'", "lexicon, lexicon:half, judge, reward:PATH"],
+        ),
         (["--critic", "reward:nothing"], ["reward:nothing", "no such folder"]),
         (["--start", "nothing"], ["nothing", "no finished run"]),
         (["--reward_weight", "-0.1"], ["--reward_weight -0.1", "at least 0"]),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cai_scale import constitution
-from cai_scale.evaluation.compare import Answered, compare, drift, interval, slices
+from cai_scale.evaluation.compare import Answered, compare, interval, slices
 from cai_scale.records import Prompt, Response, Score
 
 CONSTITUTION = constitution.load()
@@ -90,18 +90,12 @@ def test_too_few_prompts_have_no_interval() -> None:
     assert (empty["n"], empty["before"]["overall"], empty["delta"]["ci95"]) == (0, None, None)
 
 
-def test_slices_and_drift() -> None:
+def test_slices() -> None:
     rows = [answered(0.7, 0.8), answered(0.7, 0.6, "vi"), answered(0.7, None, "vi")]
     parts = slices(rows, CONSTITUTION)
-    assert {key: (part["n"], part["win"], part["loss"]) for key, part in parts.items()} == {
+    assert {
+        key: (part["n"], part["win"], part["loss"]) for key, part in parts["language"].items()
+    } == {
         "en": (1, 1, 0),
         "vi": (2, 0, 2),
     }
-    shape = drift(rows)
-    assert shape["before"] == {
-        "words": 3.0,
-        "distinct": pytest.approx(2 / 3, abs=1e-6),
-        "unfinished": 0,
-        "empty": 0,
-    }
-    assert (shape["after"]["words"], shape["after"]["empty"]) == (2.0, 1)

@@ -10,7 +10,9 @@ from cai_scale.records import Preference, Score
 if TYPE_CHECKING:
     from cai_scale.critics.judge import Judge, Settings
 
-NAMES = ("lexicon", "judge", "reward:PATH")
+NAMES = ("lexicon", "lexicon:half", "judge", "reward:PATH")
+HALF = "lexicon:half"  # of the terms; what it does to the other half can then be told
+LEXICONS = ("lexicon", HALF)
 JUDGE = "judge"
 
 
@@ -58,8 +60,9 @@ def load_critic(
     """The critic of that name, guarded; its weights are loaded when it first scores.
 
     Args:
-        name: "lexicon"; "judge"; "reward:PATH", a reward model's run, its folder, or a bundle
-            that has one; or several with weights, such as "lexicon*0.5+reward:PATH*0.5".
+        name: "lexicon"; "lexicon:half", its first half (`constitution.halves`); "judge";
+            "reward:PATH", a reward model's run, its folder, or a bundle that has one; or several
+            with weights, such as "lexicon*0.5+reward:PATH*0.5".
         model: the policy's; a reward model must read text as it does.
         judge: what "judge" stands for.
         agreement: see `WeightedCritic`.
@@ -100,7 +103,7 @@ def check(
 
 
 def identity(name: str, judge: "Settings | None" = None) -> dict[str, str]:
-    """The SHA-256 of each reward model in a critic, by its name; the lexicon is the constitution's.
+    """The SHA-256 of each reward model in a critic, by its name; a lexicon is the constitution's.
     A judge is known by the name of its model.
 
     Raises:
@@ -108,7 +111,7 @@ def identity(name: str, judge: "Settings | None" = None) -> dict[str, str]:
     """
     from cai_scale.critics.weighted import parse
 
-    return {part: _identity(part, judge) for part, _ in parse(name) if part != "lexicon"}
+    return {part: _identity(part, judge) for part, _ in parse(name) if part not in LEXICONS}
 
 
 def _load(
@@ -119,6 +122,8 @@ def _load(
         from cai_scale.critics.lexicon import LexiconCritic
 
         return LexiconCritic(constitution)
+    if name == HALF:
+        return _half(constitution)
     if name == JUDGE and judge is not None:
         return judge
     if kind == "reward" and path:
@@ -126,6 +131,21 @@ def _load(
 
         return load(name, path, constitution, model)
     raise unknown(name)
+
+
+def _half(constitution: Constitution) -> Critic:
+    from cai_scale.constitution.halves import halves, has_terms
+    from cai_scale.critics.lexicon import LexiconCritic
+
+    first, second = halves(constitution)
+    if not has_terms(second):
+        raise ConfigError(
+            f"critic {HALF}: constitution {constitution.name} has no list of two terms to split; "
+            f"use lexicon"
+        )
+    critic = LexiconCritic(first)
+    critic.name = HALF
+    return critic
 
 
 def _identity(name: str, judge: "Settings | None") -> str:

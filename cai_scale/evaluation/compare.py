@@ -97,14 +97,6 @@ def slices(answered: Sequence[Answered], constitution: Constitution) -> dict[str
     }
 
 
-def drift(answered: Sequence[Answered]) -> dict[str, Any]:
-    """What no critic sees: words, distinct words ÷ words, answers cut off, empty answers."""
-    return {
-        "before": _form([a.before for a in answered]),
-        "after": _form([a.after for a in answered]),
-    }
-
-
 def interval(deltas: NDArray[np.float64]) -> list[float] | None:
     """A 95 % interval for the mean by bootstrap over prompts: percentiles 2.5 and 97.5.
 
@@ -136,17 +128,6 @@ def _columns(
         values = [score.principles[principle.id] for score in given] if known else []
         columns[principle.id] = np.array(values)
     return columns
-
-
-def _form(responses: Sequence[Response]) -> dict[str, float | int | None]:
-    words = [response.text.casefold().split() for response in responses]
-    full = [w for w in words if w]
-    return {
-        "words": _mean(np.array([len(w) for w in words])),
-        "distinct": _mean(np.array([len(set(w)) / len(w) for w in full])),
-        "unfinished": sum(not response.finished for response in responses),
-        "empty": len(words) - len(full),
-    }
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:

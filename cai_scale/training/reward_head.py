@@ -20,6 +20,7 @@ from cai_scale.errors import IntegrityError
 from cai_scale.records import read_json, write_json
 from cai_scale.training import adapters
 from cai_scale.training.log_probs import log_probs
+from cai_scale.training.packing import pack
 from cai_scale.training.scorer import HEAD, Head, at_last_token
 
 if TYPE_CHECKING:
@@ -60,19 +61,22 @@ def attach(
             return generating(*args, **kwargs)
         states = self.base_model(**kwargs, use_cache=False).last_hidden_state
         ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        learned = (mask[:, 1:] * mask[:, :-1]).bool()
-        found = log_probs(
-            states[:, :-1][learned], self.get_output_embeddings(), ids[:, 1:][learned]
-        )
+        found = _log_probs(states, self.get_output_embeddings(), ids, mask)
         if copy is not None:
             states = getattr(self, BACKBONE)(**kwargs, use_cache=False).last_hidden_state
         last = at_last_token(states.detach() if detached else states, mask)
-        return {
-            "log_probs": found.new_zeros(learned.shape).masked_scatter(learned, found),
-            PREDICTED: self.score(last).squeeze(-1),
-        }
+        return {"log_probs": found, PREDICTED: self.score(last).squeeze(-1)}
 
     model.forward = MethodType(forward, model)
+
+
+def _log_probs(states: Tensor, head: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """As `forward` returns them. What rows begin with alike is predicted once."""
+    packing = pack(ids, mask)
+    predicted = packing.positions > 0
+    places = packing.tokens[predicted]
+    found = log_probs(states.flatten(0, 1)[places - 1], head, ids.flatten()[places])
+    return found.new_zeros(len(predicted)).masked_scatter(predicted, found)[packing.spread][:, 1:]
 
 
 def part_of_head(name: str) -> bool:

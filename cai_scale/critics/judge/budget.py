@@ -7,8 +7,8 @@ from cai_scale.errors import BudgetError
 class Budget:
     """Counts what was spent, and ends the asking where it is enough.
 
-    Calls that are under way when the limit is met are still paid for: up to one a unit of
-    concurrency.
+    Questions that are under way when the limit is met are finished, with their retries, and paid
+    for: up to one a unit of concurrency.
     """
 
     def __init__(

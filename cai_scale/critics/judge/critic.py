@@ -43,7 +43,7 @@ class Model(Protocol):
 class Judge:
     """A language model that is asked about answers, one at a time or two together.
 
-    It scores where `settings.mode` is "absolute", else it compares.
+    It is asked to score where `settings.mode` is "absolute", and else to compare.
     """
 
     def __init__(
@@ -138,13 +138,15 @@ class Judge:
         leans: dict[str, float] = {}
         disagree = False
         for one, other in self._orders(prompt, first, second):
-            verdicts = self.journal.get(one[0]), self.journal.get(other[0])
-            for verdict in verdicts:
+            found = []
+            for subject, _ in (one, other):
+                verdict = self.journal.get(subject)
                 if verdict is None or verdict.values is None:
                     return Preference(None, verdict.why if verdict else "not judged")
-            ours, theirs = (verdict.values for verdict in verdicts)  # type: ignore[union-attr]
+                found.append(verdict.values)
+            ours, theirs = found
             for principle in one[1].ids:
-                lean = self._lean(one[1].kind, ours[principle], theirs[principle])  # type: ignore[index]
+                lean = self._lean(one[1].kind, ours[principle], theirs[principle])
                 disagree = disagree or lean is None
                 leans[principle] = lean or 0.0
         weights = {p.id: p.weight for p in self.constitution.principles if p.id in leans}
