@@ -23,6 +23,7 @@ from cai_scale.evaluation.gain import judge_gain
 from cai_scale.evaluation.matched import length_matched
 from cai_scale.evaluation.paired import paired
 from cai_scale.evaluation.refusals import safety
+from cai_scale.evaluation.stuffing import stuffing
 from cai_scale.evaluation.supported import supported
 from cai_scale.records import Response, Score, read_jsonl
 from cai_scale.statistics import ranks
@@ -149,6 +150,7 @@ def judged(found: Sequence[Row]) -> dict[str, Any]:
             "length_matched": paired(row.matched for row in found),
             "supported": paired(row.supported for row in found),
             "drift": drift(answered),
+            "stuffing": stuffing(answered, constitution.load()),
             "safety": safety(answered),
         }
     )
