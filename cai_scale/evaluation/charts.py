@@ -26,7 +26,7 @@ COLOURS = {
     "down": ("#fbe3d0", "#552c0c"),
 }
 PAGE, CARD, LINE, INK, QUIET, BEFORE, AFTER, WORSE, *_ = (light for light, _ in COLOURS.values())
-WIDTH = 5.2  # inches; a phone shows it at about its own size
+WIDTH = 4.4  # inches; a phone shows it at about its own size
 DOTS = 160  # an inch of a picture
 BINS = 25
 STYLE = {
@@ -84,17 +84,16 @@ def svg(name: str, draw: Draw, height: float) -> str:
     return text
 
 
-def picture(draws: Sequence[tuple[Draw, float]]) -> bytes:
+def picture(title: str, draws: Sequence[tuple[Draw, float]]) -> bytes:
     """Charts under one another in two columns, as a PNG; each with its height in inches."""
     lines = [draws[i : i + 2] for i in range(0, len(draws), 2)]
-    heights = [max(height for _, height in line) + 0.25 for line in lines]
+    heights = [max(height for _, height in line) for line in lines]
     with _style():
-        figure = _figure(2 * WIDTH, sum(heights))
-        grid = figure.subplots(len(lines), 2, squeeze=False, height_ratios=heights)
-        for axes in grid.flat[len(draws) :]:
-            axes.remove()
-        for (draw, _), axes in zip(draws, grid.flat, strict=False):
-            draw(axes)
+        figure = _figure(2 * WIDTH, sum(heights) + 0.5)
+        figure.suptitle(title, fontweight="bold")
+        grid = figure.subfigures(len(lines), 2, squeeze=False, height_ratios=heights)
+        for (draw, _), part in zip(draws, grid.flat, strict=False):
+            draw(part.subplots())
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=DOTS, facecolor=CARD)
     return content.getvalue()
@@ -111,10 +110,11 @@ def estimates(rows: Sequence[Estimate], title: str = "") -> Draw:
                 axes.plot(ends, [place, place], color=colour, linewidth=2.5, alpha=0.55)
             axes.plot(delta, place, "o", color=colour, markersize=6.5)
             axes.annotate(
-                f"{delta:+.3f}", (1, place), xycoords=("axes fraction", "data"), va="center",
+                f"{delta:+.3f}".replace("-", "−"), (1, place), xycoords=("axes fraction", "data"), va="center",
                 xytext=(4, 0), textcoords="offset points", fontsize=9,
             )  # fmt: skip
         _labels(axes, [label for label, _, _ in rows])
+        axes.locator_params(axis="x", nbins=5)
         axes.set(title=title, xlabel="Δ of the mean score, and its 95 % interval")
 
     return draw
@@ -213,7 +213,7 @@ def rows_high(count: int) -> float:
 
 
 def _labels(axes: Axes, labels: Sequence[str]) -> None:
-    short = [label if len(label) <= 30 else label[:29] + "…" for label in labels]
+    short = [label if len(label) <= 28 else label[:27] + "…" for label in labels]
     axes.set_yticks(range(len(labels)), short)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")

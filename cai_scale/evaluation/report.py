@@ -12,6 +12,7 @@ from markupsafe import Markup
 from cai_scale.constitution import Constitution
 from cai_scale.constitution.halves import has_terms
 from cai_scale.critics.lexicon import LexiconCritic
+from cai_scale.errors import GateError
 from cai_scale.evaluation import charts, table
 from cai_scale.evaluation.compare import Answered
 from cai_scale.records import read_json, read_jsonl, replacing
@@ -107,9 +108,16 @@ def page(
 def picture(
     run: Run, summary: Summary, answered: Sequence[Answered], constitution: Constitution
 ) -> bytes:
-    """The charts as one PNG."""
-    drawn = _charts(run, summary, answered, constitution)
-    return charts.picture([(chart.draw, chart.height) for chart in drawn])
+    """The charts as one PNG, but for those of the slices.
+
+    Raises:
+        GateError: there is nothing to draw.
+    """
+    drawn = [c for c in _charts(run, summary, answered, constitution) if c.name != "slices"]
+    if not drawn:
+        raise GateError(f"{run.path} has no figures to draw; read them with --format json")
+    title = " · ".join([*table.verdict(summary)[:1], f"{summary['method']} on {summary['model']}"])
+    return charts.picture(title, [(chart.draw, chart.height) for chart in drawn])
 
 
 def _charts(

@@ -78,13 +78,13 @@ def beside(summary: Summary) -> dict[str, Mapping[str, Any]]:
     """What stands beside the overall Δ, by its title, as far as it was measured: n, before, after,
     delta, ci95."""
     halves = summary.get("halves") or {}
-    seen = "trained on" if halves.get("trained_on") == "half" else "first half"
-    unseen = "not trained on" if halves.get("trained_on") == "half" else "second half"
+    names = ("half trained on", "half not trained on")
+    seen, unseen = names if halves.get("trained_on") == "half" else ("first half", "second half")
     found = {
         "Overall at equal length": summary.get("length_matched"),
         "Supported score": summary.get("supported"),
-        f"Half of the lexicon, {seen}": halves.get("seen"),
-        f"Half of the lexicon, {unseen}": halves.get("unseen"),
+        f"Lexicon, {seen}": halves.get("seen"),
+        f"Lexicon, {unseen}": halves.get("unseen"),
     }
     return {title: part for title, part in found.items() if part and part["delta"] is not None}
 
