@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,8 +110,8 @@ def estimates(rows: Sequence[Estimate], title: str = "") -> Draw:
                 axes.plot(ends, [place, place], color=colour, linewidth=2.5, alpha=0.55)
             axes.plot(delta, place, "o", color=colour, markersize=6.5)
             axes.annotate(
-                f"{delta:+.3f}".replace("-", "−"), (1, place), xycoords=("axes fraction", "data"), va="center",
-                xytext=(4, 0), textcoords="offset points", fontsize=9,
+                f"{delta:+.3f}".replace("-", "−"), (1, place), va="center",
+                xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", fontsize=9,
             )  # fmt: skip
         _labels(axes, [label for label, _, _ in rows])
         axes.locator_params(axis="x", nbins=5)
@@ -233,8 +233,8 @@ def _figure(width: float, height: float) -> Any:
 def _style() -> Iterator[None]:
     import matplotlib
 
-    settings: Mapping[str, Any] = STYLE
-    with matplotlib.rc_context(dict(settings)), warnings.catch_warnings():
+    settings: Any = STYLE
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         # Of letters that matplotlib's own font does not have; the page's fonts have them.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         yield
