@@ -111,7 +111,8 @@ def estimates(rows: Sequence[Estimate], title: str = "") -> Draw:
             axes.plot(delta, place, "o", color=colour, markersize=6.5)
             axes.annotate(
                 f"{delta:+.3f}".replace("-", "−"), (1, place), va="center",
-                xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", fontsize=9,
+                xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+                fontsize=9,
             )  # fmt: skip
         _labels(axes, [label for label, _, _ in rows])
         axes.locator_params(axis="x", nbins=5)
