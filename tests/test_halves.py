@@ -10,9 +10,9 @@ import pytest
 from answers import answered, rules
 from cai_scale import constitution
 from cai_scale.constitution import Constitution
-from cai_scale.constitution.halves import halves, has_terms
 from cai_scale.critics import HALF, check, identity, load_critic
 from cai_scale.critics.fold import tokenise
+from cai_scale.critics.halves import halves, has_terms
 from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import ConfigError
 from cai_scale.evaluation.halves import halves_gain

@@ -60,7 +60,7 @@ def load_critic(
     """The critic of that name, guarded; its weights are loaded when it first scores.
 
     Args:
-        name: "lexicon"; "lexicon:half", its first half (`constitution.halves`); "judge";
+        name: "lexicon"; "lexicon:half", its first half (`critics.halves`); "judge";
             "reward:PATH", a reward model's run, its folder, or a bundle that has one; or several
             with weights, such as "lexicon*0.5+reward:PATH*0.5".
         model: the policy's; a reward model must read text as it does.
@@ -134,7 +134,7 @@ def _load(
 
 
 def _half(constitution: Constitution) -> Critic:
-    from cai_scale.constitution.halves import halves, has_terms
+    from cai_scale.critics.halves import halves, has_terms
     from cai_scale.critics.lexicon import LexiconCritic
 
     first, second = halves(constitution)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cai_scale.constitution import Constitution
-from cai_scale.constitution.halves import halves, has_terms
 from cai_scale.critics import HALF
+from cai_scale.critics.halves import halves, has_terms
 from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.critics.weighted import parse
 from cai_scale.evaluation.compare import Answered
@@ -15,7 +15,7 @@ from cai_scale.evaluation.paired import paired, paired_scores
 def halves_gain(
     answered: Sequence[Answered], constitution: Constitution, trained: str
 ) -> dict[str, Any]:
-    """Δ by each half of the lexicon: see `constitution.halves`.
+    """Δ by each half of the lexicon: see `critics.halves`.
 
     A model that has learned what the principles mean gains by words that it was never rewarded
     for; one that has learned a list of words does not. That can be told only of a run that was

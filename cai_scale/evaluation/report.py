@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cai_scale.constitution import Constitution
-from cai_scale.constitution.halves import has_terms
+from cai_scale.critics.halves import has_terms
 from cai_scale.critics.lexicon import LexiconCritic
 from cai_scale.errors import GateError
 from cai_scale.evaluation import charts, table

@@ -1,4 +1,4 @@
-"""A constitution's lexicon in two halves: train on one, see whether the other gains. No torch."""
+"""A lexicon in two halves: train on one, see whether the other gains. No torch."""
 
 import hashlib
 from collections import Counter
