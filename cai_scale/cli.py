@@ -94,20 +94,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 
 def _report(arguments: Sequence[str]) -> int:
-    from cai_scale import constitution as constitutions
-    from cai_scale import runs
-    from cai_scale.records import read_json
+    from cai_scale import report
 
-    parser = Parser(prog="cai-scale report", description="Print a finished run's table again.")
-    parser.add_argument("--run", type=Path, help="a run's folder (default: the newest finished)")
-    run = runs.finished(parser.parse_args(arguments).run)
-    require("the report", "train", "rich")
-    from cai_scale.evaluation.table import print_summary
-
-    constitution = constitutions.from_dict(read_json(run.constitution), str(run.constitution))
-    print_summary(read_json(run.summary), constitution)
-    print(f"report: {run.report}")
-    return 0
+    return report.main(arguments)
 
 
 def _constitution(arguments: Sequence[str]) -> int:
@@ -192,7 +181,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "evaluate": (_evaluate, "the same, and evaluate and report: the whole main job"),
     "compare": (_compare, "run several methods from the same start, and put them side by side"),
     "judge-eval": (_judge_eval, "how well a critic agrees with labelled pairs"),
-    "report": (_report, "print a finished run's table again"),
+    "report": (
+        _report,
+        "print a finished run's figures again, or write them as a page or a picture",
+    ),
     "constitution": (_constitution, "show or check a constitution"),
     "verify": (_verify, "check a run or a bundle, link by link: files, pairs, scores, figures"),
     "trace": (_trace, "show one prompt's way through a run"),

@@ -21,11 +21,13 @@ from cai_scale.errors import DataError
 from cai_scale.evaluation import measures, protocol
 from cai_scale.evaluation.compare import Answered, Measure, compare, slices
 from cai_scale.evaluation.drift import drift
+from cai_scale.evaluation.gain import judge_gain
 from cai_scale.evaluation.halves import halves_gain
 from cai_scale.evaluation.likelihood import Reader
 from cai_scale.evaluation.matched import length_matched
 from cai_scale.evaluation.refusals import safety
 from cai_scale.evaluation.rewards import rewards
+from cai_scale.evaluation.stuffing import stuffing
 from cai_scale.evaluation.supported import supported
 from cai_scale.evaluation.words import lengths, top_words
 from cai_scale.ranks import Ranks, wait_for
@@ -234,7 +236,7 @@ def figures(
         critic: what has scored them.
         trained: the name of the critic that was trained on.
     """
-    return {
+    found = {
         **compare(answers, constitution),
         "length_matched": length_matched(answers, critic),
         "supported": supported(answers, constitution),
@@ -242,11 +244,13 @@ def figures(
         "words": top_words(answers, constitution),
         "lengths": lengths(answers),
         "drift": drift(answers),
+        "stuffing": stuffing(answers, constitution),
         "safety": safety(answers),
         "slices": slices(answers, constitution),
         "decoding": asdict(protocol.DECODING) | {"stop": list(protocol.DECODING.stop)},
         "seeds": [protocol.SEED],
     }
+    return {**found, "gain": judge_gain(found)}
 
 
 def _about(config: Config, run: Run, constitution: Constitution) -> dict[str, Any]:

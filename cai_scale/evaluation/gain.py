@@ -70,7 +70,8 @@ class Bound:
 
     def figures(self, summary: Figures) -> tuple[Any, Any]:
         part = summary.get(self.part) or {}
-        return tuple((part.get(when) or {}).get(self.key) for when in ("before", "after"))
+        before, after = ((part.get(when) or {}).get(self.key) for when in ("before", "after"))
+        return before, after
 
     def __str__(self) -> str:
         size = f"{self.limit:.0%}" if self.relative else f"{self.limit:g}"

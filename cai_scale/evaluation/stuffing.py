@@ -5,6 +5,7 @@ who writes for the lexicon alone heaps them up.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from cai_scale.constitution import Constitution
@@ -38,8 +39,7 @@ def _figures(critic: LexiconCritic, texts: Sequence[str]) -> dict[str, float | N
         found = [term for term in critic.explain(text) if term.effect > 0]
         terms += len(found)
         near += sum(
-            len(text[one.end : other.start].split()) <= NEAR
-            for one, other in zip(found, found[1:], strict=False)
+            len(text[one.end : other.start].split()) <= NEAR for one, other in pairwise(found)
         )
     return {
         "rate": rounded(100 * terms / words) if words else None,
