@@ -11,6 +11,7 @@ import yaml
 
 from cai_scale import constitution as constitutions
 from cai_scale.cli import main
+from cai_scale.critics.judge.questions import fenced
 from cai_scale.records import read_json, read_jsonl
 from cai_scale.runs import Run
 from cai_scale.verify import verify_run
@@ -128,7 +129,7 @@ def test_a_judge_that_compares_for_the_training_gives_numbers_to_evaluate(
     rows = [row for _, row in read_jsonl(run.evaluation("scores"))]
     names = [principle.id for principle in constitutions.load(tiny_constitution).principles]
     for row in rows:
-        # The judge reads a text that is escaped, and what it has no mark of by its hash.
-        expected = {name: quality_of(html.unescape(row["response"]), name) for name in names}
+        read = html.unescape(fenced(row["response"]))
+        expected = {name: quality_of(read, name) for name in names}
         assert row["score"]["principles"] == pytest.approx(expected)
     assert broken(run) == []
