@@ -86,6 +86,7 @@ def write_run(path: Path) -> tuple[Run, dict[str, Any]]:
     journal = Journal(run.labels())
     spent = Spent(calls=3, tokens_in=1_000_000, tokens_out=250_000)
     journal.put(Subject("c", "j", "t", "p", "a"), Verdict(None, "why", spent))
+    journal._file.close()
     return run, summary
 
 

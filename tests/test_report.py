@@ -291,6 +291,15 @@ def test_the_same_figures_give_the_same_page(
     assert rendered(written[0], tmp_path / "again.html") == html
 
 
+def test_a_report_leaves_the_run_as_it_was(
+    written: tuple[Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    run, _ = written
+    files = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+    rendered(run, tmp_path / "page.html")
+    assert {f: f.read_bytes() for f in run.path.rglob("*") if f.is_file()} == files
+
+
 def test_colours_follow_the_page(html: str) -> None:
     """No colour of a chart is its own, so that dark and print change them all."""
     drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))

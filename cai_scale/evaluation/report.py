@@ -327,7 +327,9 @@ def _judged(run: Run, prices: Sequence[float] | None) -> dict[str, str]:
 
 def _spent(journal: Path) -> tuple[int, ...]:
     """Replies, tokens read and tokens written, by a journal that is only read."""
-    address = f"{journal.resolve().as_uri()}?mode=ro"
+    # A reader of a journal that nobody writes would leave two files beside it.
+    written = journal.with_name(f"{journal.name}-wal").exists()
+    address = f"{journal.resolve().as_uri()}?{'mode=ro' if written else 'immutable=1'}"
     with closing(sqlite3.connect(address, uri=True)) as connection:
         sums = "SELECT total(calls), total(tokens_in), total(tokens_out) FROM verdicts"
         return tuple(map(int, connection.execute(sums).fetchone()))
