@@ -29,7 +29,7 @@ PAGE, CARD, LINE, INK, QUIET, BEFORE, AFTER, WORSE, *_ = (light for light, _ in 
 WIDTH = 4.4  # inches; a phone shows it at about its own size
 DOTS = 160  # an inch of a picture
 BINS = 25
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text, in the page's own fonts
     "svg.hashsalt": "cai_scale",  # the same figures give the same file
     "text.parse_math": False,  # a title's dollar sign is one
@@ -109,11 +109,7 @@ def estimates(rows: Sequence[Estimate], title: str = "") -> Draw:
             if ends:
                 axes.plot(ends, [place, place], color=colour, linewidth=2.5, alpha=0.55)
             axes.plot(delta, place, "o", color=colour, markersize=6.5)
-            axes.annotate(
-                f"{delta:+.3f}".replace("-", "−"), (1, place), va="center",
-                xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
-                fontsize=9,
-            )  # fmt: skip
+            _annotate(axes, place, f"{delta:+.3f}".replace("-", "−"))
         _labels(axes, [label for label, _, _ in rows])
         axes.locator_params(axis="x", nbins=5)
         axes.set(title=title, xlabel="Δ of the mean score, and its 95 % interval")
@@ -167,10 +163,7 @@ def shares(
             axes.barh(place, count / n, 0.56, color=colours.get(name, BEFORE))
             if ends:
                 axes.plot(ends, [place, place], color=INK, linewidth=1.5, marker="|", markersize=8)
-            axes.annotate(
-                f"{count} ({count / n:.0%})", (1, place), xycoords=("axes fraction", "data"),
-                va="center", xytext=(4, 0), textcoords="offset points", fontsize=9,
-            )  # fmt: skip
+            _annotate(axes, place, f"{count} ({count / n:.0%})")
         _labels(axes, [name for name, _, _ in rows])
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes.set(title=title, xlim=(0, 1), xlabel="of the prompts, with the 95 % interval")
@@ -220,6 +213,12 @@ def _labels(axes: Axes, labels: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
 
 
+def _annotate(axes: Axes, place: float, text: str) -> None:
+    """A text beside a line of the chart."""
+    within = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(text, (1, place), xytext=(4, 0), va="center", fontsize=9, **within)
+
+
 def _legend(axes: Axes) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0, handlelength=1)
 
@@ -234,8 +233,7 @@ def _figure(width: float, height: float) -> Any:
 def _style() -> Iterator[None]:
     import matplotlib
 
-    settings: Any = STYLE
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # Of letters that matplotlib's own font does not have; the page's fonts have them.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         yield

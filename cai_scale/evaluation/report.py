@@ -4,6 +4,7 @@ import random
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -309,23 +310,29 @@ def _facts(run: Run, summary: Summary, constitution: Constitution) -> list[tuple
 
 def _judged(run: Run, prices: Sequence[float] | None) -> dict[str, str]:
     """What the judge was asked and what it cost, by its journals; nothing where there was none."""
-    calls = read = written = 0
-    for journal in run.all_labels():
-        address = f"{journal.resolve().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(address, uri=True)) as connection:
-            sums = "SELECT total(calls), total(tokens_in), total(tokens_out) FROM verdicts"
-            asked = map(int, connection.execute(sums).fetchone())
-            calls, read, written = (
-                a + b for a, b in zip((calls, read, written), asked, strict=True)
-            )
-    if not calls:
+    try:
+        spent = [_spent(journal) for journal in run.all_labels()]
+    except sqlite3.Error as error:
+        return {"judge's cost": f"its journal cannot be read ({error})"}
+    if not spent:
         return {}
+    calls, read, written = map(sum, zip(*spent, strict=True))
     money = (prices[0] * read + prices[-1] * written) / 1e6 if prices else None
     return {
         "judge's replies": f"{calls:,}",
         "judge's tokens, read and written": f"{read:,} and {written:,}",
         **({} if money is None else {"judge's cost": f"{money:.4g}"}),
     }
+
+
+def _spent(journal: Path) -> tuple[int, ...]:
+    """Replies, tokens read and tokens written, by a journal that is only read."""
+    # A reader of a journal that nobody writes would leave two files beside it.
+    written = journal.with_name(f"{journal.name}-wal").exists()
+    address = f"{journal.resolve().as_uri()}?{'mode=ro' if written else 'immutable=1'}"
+    with closing(sqlite3.connect(address, uri=True)) as connection:
+        sums = "SELECT total(calls), total(tokens_in), total(tokens_out) FROM verdicts"
+        return tuple(map(int, connection.execute(sums).fetchone()))
 
 
 def _reasoned(choice: Mapping[str, str] | None) -> str:
