@@ -67,6 +67,12 @@ def test_yaml_reads_an_exponent_without_a_dot_as_text() -> None:
         ({"beta": 0}, "--beta 0.0: expected a number above 0 with dpo"),
         ({"rounds": 0}, "--rounds 0: expected a number of at least 1"),
         ({"steps": 0}, "--steps 0: expected a number of at least 1"),
+        ({"guard_steps": -1}, "--guard_steps -1: expected a number of at least 0"),
+        ({"guard_steps": 8, "method": "reward"}, "--guard_steps: a guard scores the answers of"),
+        (
+            {"guard_steps": 8, "critic": "judge", "judge_mode": "pairwise"},
+            "--guard_steps: a guard scores the answers of",
+        ),
         ({"qlora": True, "lora": False}, "--qlora with --no-lora"),
         (
             {"objective": "bradley-terry", "reward_outputs": "principles"},

@@ -7,6 +7,7 @@ import pytest
 
 from cai_scale.records import read_json, read_jsonl
 from cai_scale.runs import Run
+from cai_scale.verify import verify_run
 from processes import run_deepspeed, run_python
 from tasks import distance, weights
 
@@ -60,3 +61,24 @@ def test_two_ranks_see_and_keep_what_one_does(
     still = {name: 0 * value for name, value in found[0].items()}
     assert distance(*found) <= 1e-3 * distance(found[0], still)
     assert not list(two.glob(".*"))
+
+
+def test_a_graph_shows_the_guard_what_the_weights_do(job: list[str], tmp_path: Path) -> None:
+    """The whole job: looks from the weights by one process, from exported graphs by two ranks."""
+    flags = [*job, "--steps", "4", "--guard_steps", "2", "--guard_prompts", "5"]
+    flags += ["--guard_budget", "100", "--learning_rate", "0.001"]
+    weights, graph = Run(tmp_path / "weights"), Run(tmp_path / "graph")
+    command = ["-m", "cai_scale.launch.train", *flags, "--sampler", "transformers"]
+    one = run_python(*command, "--output", str(weights.path))
+    assert one.returncode == 0, one.stderr
+    command = ["launch/train.py", *flags, "--sampler", "onnx", "--ds_config", "zero2.json"]
+    two = run_deepspeed(2, *command, "--output", str(graph.path))
+    assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-4000:]
+    for figure in ("step", "guard/score", "guard/words", "guard/kept"):
+        assert [row[figure] for row in looks(graph.path)] == pytest.approx(
+            [row[figure] for row in looks(weights.path)]
+        )
+    assert [row["step"] for row in looks(graph.path)] == [0, 2, 4]
+    for run in (weights, graph):
+        assert run.finished and not list(run.path.glob(".*"))
+        assert [link for link in verify_run(run) if link.ok is False] == []
