@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # A reward model gives no answers, so there is nothing to put beside the others'.
 METHODS = tuple(name for name in methods.NAMES if name != "reward")
-STEPS, SAMPLES, LEARNING_RATE = 16, 4, 2e-4  # the default rate was found for dpo alone
+STEPS, SAMPLES = 16, 4
 Summaries = Mapping[str, Mapping[str, Any]]
 
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     names = _names(flags.pop("methods"))
     if "method" in flags:
         raise ConfigError(f"--method {flags['method']}: name the methods with --methods")
-    given = {"steps": STEPS, "samples": SAMPLES, "learning_rate": LEARNING_RATE, **flags}
+    given = {"steps": STEPS, "samples": SAMPLES, **flags}
     budgets = {name: settings.from_dict(given | {"method": name}, "flags") for name in names}
     require("comparing", "train", "torch", "transformers", "trl", "peft", "rich", "matplotlib")
     prompts = _prompts(next(iter(budgets.values())), output)

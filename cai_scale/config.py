@@ -162,7 +162,7 @@ class Config:
         "prompts with grpo", least=1,
     )  # fmt: skip
     micro_batch_size: int = setting("training", 8, "of these, at once on a rank", least=1)
-    learning_rate: float = setting("training", 5e-4, "peak learning rate", least=0)
+    learning_rate: float = setting("training", 2e-4, "peak learning rate", least=0)
     lora: bool = setting("training", True, "train a LoRA adapter; --no-lora trains the whole model")
     qlora: bool = setting(
         "training", False, "keep the base model in 4 bits while a LoRA adapter is trained; needs a "
