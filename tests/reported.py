@@ -22,7 +22,7 @@ PAIRS = (  # before, after
     ("Please.", "Please."),
     ("You always win.", "You may win, for example here."),
     ("Có thể.", "Cảm ơn bạn, có lẽ là vậy."),
-    ("A plain answer.", "A plain answer, and some words more."),
+    ("A plain\x00 answer\x1b[1m.", "A plain answer, and some words more."),
     ("Perhaps, please.", "No."),
     ("Words and words.", "Please, consider words such as these."),
     ("w" * 300, "Perhaps " + "w" * 300),

@@ -110,6 +110,7 @@ def test_what_others_wrote_stays_text(html: str) -> None:
     assert page.text.count(SCRIPT) >= 3  # a prompt, an answer, a reason
     assert "tiny <model>" in page.text
     assert "49" not in re.findall(r"\$x_\$ (\S+)", page.text)
+    assert "A plain\ufffd answer\ufffd[1m." in page.text and not {"\x00", "\x1b"} & set(html)
 
 
 def test_a_title_in_a_chart_stays_text() -> None:
@@ -351,7 +352,7 @@ def test_the_page_fits_its_window(
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
     browser.get((tmp_path / "page.html").as_uri())
     root = "document.documentElement"
-    assert browser.execute_script(f"return {root}.scrollWidth <= {root}.clientWidth")
+    assert browser.execute_script(f"return {root}.scrollWidth") <= width
     assert browser.title == "by hand: before and after"
     colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (colour == "rgb(248, 247, 244)") == (scheme == "light")
@@ -366,4 +367,4 @@ def test_the_page_fits_its_window(
         "document.querySelector('table').parentElement.style.overflow = 'visible';"
         "document.querySelector('table').style.width = '2000px'"
     )
-    assert browser.execute_script(f"return {root}.scrollWidth > {root}.clientWidth")
+    assert browser.execute_script(f"return {root}.scrollWidth") > width

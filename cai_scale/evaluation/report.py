@@ -29,6 +29,9 @@ CURVES = {  # what the methods log, and what to call it
     "guard/score": "score on the guard's prompts",
 }
 
+# What a model may write and a page may not hold.
+CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10, 13}, "\ufffd")
+
 Summary = Mapping[str, Any]
 Fact = tuple[str, str]
 
@@ -80,7 +83,7 @@ def page(
     )
     compared = "delta" in summary
     drawn = _charts(run, summary, answered, constitution)
-    return environment.get_template("report.html.jinja").render(
+    html = environment.get_template("report.html.jinja").render(
         run=run.path.resolve().name,
         summary=summary,
         constitution=constitution,
@@ -104,6 +107,7 @@ def page(
         audits=_audits(run),
         facts=_facts(run, summary, constitution),
     )
+    return html.translate(CONTROL)
 
 
 def picture(
