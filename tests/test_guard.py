@@ -48,13 +48,19 @@ class Planned:
         return [Score({}, self.plan[look])] * len(responses)
 
 
-class Letters:
-    """A score for saying a letter: it depends on the answer alone."""
+class Scheduled:
+    """Gives the answers of each look the score that is planned for it, counting looks in what the
+    run has logged: a start that continues counts on."""
 
-    name = "letters"
+    name = "scheduled"
+
+    def __init__(self, plan: Sequence[float], metrics: Path) -> None:
+        self.plan, self.metrics = list(plan), metrics
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
-        return [Score({}, min(1.0, r.count("a") / 8)) if r else None for r in responses]
+        before = [row for _, row in read_jsonl(self.metrics)] if self.metrics.exists() else []
+        look = sum("guard/score" in row for row in before)
+        return [Score({}, self.plan[look])] * len(responses)
 
 
 def train(model: Path, folder: Path, critic: Any, **changes: Any) -> Run:
@@ -279,10 +285,20 @@ def test_a_training_that_drifts_too_far_ends_as_it_began(
             check_adapter(run.product)
 
 
+# What is kept after steps 0, 1, 3 and 6; there are checkpoints after 2, 4, 6 and 8.
+BETTER_AND_WORSE = [0.2, 0.4, 0.3, 0.6, 0.5, 0.5, 0.7, 0.6, 0.6]
+
+
+def train_on(model: Path, folder: Path, plan: Sequence[float] = BETTER_AND_WORSE) -> Run:
+    return train(model, folder, Scheduled(plan, Run(folder).metrics))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Run:
     """A training that nobody kills."""
-    return train(tiny_model, tmp_path_factory.mktemp("whole") / "run", Letters())
+    run = train_on(tiny_model, tmp_path_factory.mktemp("whole") / "run")
+    assert [row["guard/kept"] for row in rows(run, "guard/kept")] == [1, 1, 0, 1, 0, 0, 1, 0, 0]
+    return run
 
 
 def figures(run: Run) -> list[dict[str, Any]]:
@@ -293,6 +309,18 @@ def figures(run: Run) -> list[dict[str, Any]]:
         for _, row in read_jsonl(run.metrics)
         if "loss" in row or "guard/score" in row
     ]
+
+
+def killing(step: int, at: str) -> Callable[..., None]:
+    """A log that is killed after the row of a step that has the figure `at`."""
+    log = MetricsLog.on_log
+
+    def kill(self: Any, args: Any, state: Any, control: Any, logs: Any, **named: Any) -> None:
+        log(self, args, state, control, logs, **named)
+        if state.global_step == step and at in logs:
+            raise KeyboardInterrupt
+
+    return kill
 
 
 @pytest.mark.parametrize("at", ["loss", "guard/score"])
@@ -307,29 +335,26 @@ def test_a_killed_training_ends_with_the_same_product(
 ) -> None:
     """After a look and after a step, before the first checkpoint and later: a state that is kept
     and lies behind the checkpoint is forgotten with its row."""
-    log = MetricsLog.on_log
-
-    def kill(self: Any, args: Any, state: Any, control: Any, logs: Any, **named: Any) -> None:
-        log(self, args, state, control, logs, **named)
-        if state.global_step == killed and at in logs:
-            raise KeyboardInterrupt
-
-    steps = [row["step"] for row in figures(whole) if "loss" in row]
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "on_log", kill)
-        if killed in steps:
-            with pytest.raises(KeyboardInterrupt):
-                train(tiny_model, tmp_path / "run", Letters())
-    run = train(tiny_model, tmp_path / "run", Letters())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MetricsLog, "on_log", killing(killed, at))
+        train_on(tiny_model, tmp_path / "run")
+    run = train_on(tiny_model, tmp_path / "run")
     assert figures(run) == figures(whole)
     assert distance(weights(run.path), weights(whole.path)) == 0
     assert not list(run.path.glob(".*"))
 
 
-def test_the_unharmed_training_keeps_a_state_in_between(whole: Run) -> None:
-    """What makes the test above one: there is something to lose on both sides of a kill."""
-    kept = [row["step"] for row in figures(whole) if row.get("guard/kept")]
-    assert len(kept) > 2 and kept[-1] > 2
+def test_a_start_that_continues_can_go_back_to_what_was_the_best(
+    tmp_path: Path, tiny_model: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state after step 3 was better than that after step 1, and is forgotten with its row."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MetricsLog, "on_log", killing(3, "guard/score"))
+        train_on(tiny_model, tmp_path / "run")
+    run = train_on(tiny_model, tmp_path / "run", [*BETTER_AND_WORSE[:3], *[0.1] * 6])
+    other = train_on(tiny_model, tmp_path / "other", [0.2, 0.4, *[0.1] * 7])
+    assert distance(weights(run.path), weights(other.path)) == 0
+    assert distance(weights(run.path), weights(whole.path)) > 0
 
 
 def test_a_training_that_was_stopped_and_killed_does_not_go_on(

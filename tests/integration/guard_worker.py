@@ -6,6 +6,7 @@ and FOLDER/CONFIG-whole.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -20,9 +21,19 @@ def main() -> None:
     from cai_scale import ranks
     from cai_scale.config import read_ds_config
     from cai_scale.methods import sft
+    from cai_scale.records import Score
     from cai_scale.training.logs import quiet
     from tasks import task
-    from test_guard import DATA, Letters
+    from test_guard import DATA
+
+    class Rising:
+        """Better from look to look, and within one better for saying a letter."""
+
+        name, calls = "rising", 0
+
+        def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score | None]:
+            self.calls += 1
+            return [Score({}, 0.1 * self.calls + min(9, r.count("a")) / 100) for r in responses]
 
     quiet()
     peers = ranks.from_environment()
@@ -40,7 +51,7 @@ def main() -> None:
                 **{
                     **DATA,
                     **{"method": "sft", "lora": lora, "guard_steps": 2, "learning_rate": 1e-3},
-                    **{"critic": Letters(), "ranks": peers},
+                    **{"critic": Rising(), "ranks": peers},
                     "ds_config": None if name == "none" else read_ds_config(f"{name}.json"),
                 },
             )
