@@ -36,7 +36,7 @@ def test_the_launcher_runs_the_job_on_two_ranks(
     assert config["ds_config"]["zero_optimization"]["stage"] == stage
     assert len(config["weights"]["model.safetensors"]) == 64
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
-    assert page.count("data:image/svg+xml;base64,") == 3
+    assert page.count("<svg") == page.count("<figure>") > 5
     assert "http" not in page.replace("http-equiv", "")
 
 
