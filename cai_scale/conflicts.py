@@ -108,6 +108,11 @@ def conflicts(config: "Config") -> Iterator[str]:
             f"--sampler_url: a server's address goes with --sampler openai, and with no other",
         ),
         (
+            config.method == "reward" and config.evaluator != "lexicon",
+            f"--evaluator {config.evaluator} with --method reward: a reward model is measured "
+            f"against its --critic; leave --evaluator out",
+        ),
+        (
             config.guard_steps > 0 and (config.method == "reward" or config.labels_pairs),
             "--guard_steps: a guard scores the answers of a policy in training; leave it out with "
             "--method reward, and with another --judge_mode than absolute",

@@ -146,14 +146,17 @@ def _open(output: Path, bundles: dict[str, Bundle], prompts: Sequence[Prompt]) -
         },
         "prompts": prompt_files.digest(prompts),
     }
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    # A start that was killed at once may leave a file written aside, whose name has a dot.
+    if output.exists() and (
+        not output.is_dir() or any(not path.name.startswith(".") for path in output.iterdir())
+    ):
         if not run.bundles.is_file() or _identity(read_json(run.bundles)) != _identity(record):
             raise ConfigError(
                 f"--output {output} holds something else than an evaluation of these bundles by "
                 f"these prompts; choose another folder"
             )
-        return run
-    write_json(run.bundles, record)
+    else:
+        write_json(run.bundles, record)
     write_json(run.constitution, dict(bundles["after"].constitution.data))
     write_jsonl(run.prompts("heldout"), prompts)
     return run

@@ -20,6 +20,7 @@ from cai_scale.constitution import Constitution
 from cai_scale.constitution import load as load_constitution
 from cai_scale.critics import Comparer, Critic
 from cai_scale.critics import judge as judges
+from cai_scale.critics.weighted import parse
 from cai_scale.errors import ConfigError, MissingError
 from cai_scale.evaluation import protocol
 from cai_scale.records import Prompt, sha256, write_json, write_jsonl
@@ -198,9 +199,8 @@ def _critics(
             settings = settings.shared(peers.world)
         journal = run.labels(peers.rank)
         judge = judges.load(constitution, settings, journal=journal, shown=peers.main)
-        scoring = judge
-        if settings.compares:
-            alone = replace(settings, mode="absolute", principles="all")
+        scoring, alone = judge, replace(config.judge, mode="absolute", principles="all")
+        if alone != settings and "judge" in dict(parse(config.evaluator)):
             scoring = judges.load(constitution, alone, journal=journal, shown=peers.main)
     load = functools.partial(
         critics.load_critic, constitution=constitution, agreement=config.min_agreement

@@ -226,7 +226,8 @@ class Replay:
         )
         again = results.summary(self.config, self.run, self.constitution, self.evaluator, answered)
         _same(read_json(self.run.summary), again, "summary.json")
-        return f"answers to {again['n']} prompts scored again, table and interval recomputed"
+        scored = "scored again" if self.config.evaluator == "lexicon" else "as scored"
+        return f"answers to {again['n']} prompts {scored}, table and interval recomputed"
 
     def _scored_again(self, product: Path) -> str:
         """The stored scores of stored answers are what the lexicon gives; it alone is at hand."""

@@ -55,6 +55,13 @@ def test_verdicts(before: float | None, after: float | None, verdict: str) -> No
     assert answered(before, after).verdict == verdict
 
 
+def test_what_a_critic_did_not_score_is_no_empty_answer() -> None:
+    row = answered(0.7, 0.8)
+    assert replace(row, after_score=None).verdict == "tie"
+    assert replace(row, before_score=None).verdict == "tie"
+    assert replace(answered(0.7, None), before_score=None).verdict == "loss"
+
+
 def test_a_comparison_by_hand() -> None:
     rows = [answered(0.7, 0.8), answered(0.6, 0.6), answered(0.9, 0.8), answered(0.5, 0.8)]
     rows.append(answered(0.7, None))

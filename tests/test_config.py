@@ -68,6 +68,10 @@ def test_yaml_reads_an_exponent_without_a_dot_as_text() -> None:
         ({"rounds": 0}, "--rounds 0: expected a number of at least 1"),
         ({"steps": 0}, "--steps 0: expected a number of at least 1"),
         ({"guard_steps": -1}, "--guard_steps -1: expected a number of at least 0"),
+        (
+            {"evaluator": "lexicon:half", "method": "reward"},
+            "--evaluator lexicon:half with --method",
+        ),
         ({"guard_steps": 8, "method": "reward"}, "--guard_steps: a guard scores the answers of"),
         (
             {"guard_steps": 8, "critic": "judge", "judge_mode": "pairwise"},

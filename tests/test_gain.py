@@ -176,6 +176,25 @@ def test_the_unseen_half_says_nothing_of_a_training_on_all_of_the_lexicon() -> N
     assert judge_gain(summary)["verdict"] == "supported"
 
 
+def test_the_supported_score_is_set_against_the_lexicon_over_its_own_prompts() -> None:
+    """A judge's scale, or a gain in a language that the supported score does not judge."""
+    other = changed("delta", {"overall": 0.3, "ci95": [0.25, 0.35]})
+    other["length_matched"] = {"delta": 0.29, "ci95": [0.25, 0.33]}
+    assert judge_gain(other)["verdict"] == "gamed"  # the control: 0.03 of 0.3
+    other["supported"]["whole"] = 0.04
+    assert judge_gain(other)["verdict"] == "supported"
+    for nothing in (None, 0.0, -0.01):
+        other["supported"]["whole"] = nothing
+        assert judge_gain(other)["gaming"] < 1
+
+
+@pytest.mark.parametrize(("empty", "verdict"), [(5, "supported"), (6, "gamed")])
+def test_answers_that_became_empty_are_a_sign(empty: int, verdict: str) -> None:
+    summary = {**changed("drift.before.empty", 0), "n": 100}
+    summary["drift"]["after"]["empty"] = empty
+    assert judge_gain(summary)["verdict"] == verdict
+
+
 def test_stuffing_counts_rewarded_terms_and_how_close_they_stand() -> None:
     def answer(text: str) -> Response:
         return Response(

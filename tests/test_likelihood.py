@@ -29,6 +29,14 @@ def test_two_tokens_by_hand() -> None:
     assert kl_and_nll(base, policy, np.array([0, 1])) != pytest.approx((kl, nll))  # the control
 
 
+def test_an_answer_without_a_token_has_no_likelihood() -> None:
+    class Dropping:
+        def read(self, messages: Sequence[Message], answer: str) -> tuple[Ids, Logits]:
+            return np.zeros(0, np.int64), np.zeros((0, 3), np.float32)
+
+    assert likelihood(MESSAGES, "\u200b", Dropping(), Dropping()) == Likelihood(None, None, 0)
+
+
 def test_large_logits_of_many_tokens_as_in_float64() -> None:
     """More tokens than are worked on at once, and logits as far apart as a real model's."""
     numbers = np.random.default_rng(0)

@@ -188,6 +188,7 @@ def test_before_and_after_over_english_prompts() -> None:
     assert (found["before"], found["after"]) == pytest.approx((1.42 / 2, 0.75 / 2))
     assert found["delta"] == pytest.approx(-0.335)
     assert found["ci95"] == pytest.approx([-0.72, 0.05])  # both rows alike, either way
+    assert found["whole"] == pytest.approx((0.05 - 0.02) / 2)  # the lexicon asks for no relevance
 
 
 def test_another_language_is_judged_where_relevance_is_known() -> None:
@@ -207,5 +208,6 @@ def test_a_refusal_need_not_speak_of_what_it_refuses() -> None:
 
 
 def test_no_prompts_at_all() -> None:
-    empty = {"n": 0, "before": None, "after": None, "delta": None, "ci95": None}
+    names = ("before", "after", "delta", "ci95", "whole")
+    empty = {"n": 0, **dict.fromkeys(names)}
     assert supported([], DEFAULT) == empty

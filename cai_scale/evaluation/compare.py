@@ -47,11 +47,13 @@ class Answered:
 
     @property
     def verdict(self) -> str:
-        """ "win", "loss" or "tie" of the answer after; an empty answer loses."""
+        """ "win", "loss" or "tie" of the answer after; an empty answer loses, and what the critic
+        did not score ties."""
+        before, after = bool(self.before.text.strip()), bool(self.after.text.strip())
+        if before != after:
+            return "win" if after else "loss"
         if self.before_score is None or self.after_score is None:
-            if self.before_score is self.after_score:
-                return "tie"
-            return "win" if self.before_score is None else "loss"
+            return "tie"
         delta = self.after_score.overall - self.before_score.overall
         # Scores are rounded decimals: a difference of exactly 0.01 is no tie.
         if abs(delta) < TIE - 1e-9:

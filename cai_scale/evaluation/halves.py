@@ -28,9 +28,10 @@ def halves_gain(
         `seen` and `unseen`, the first half and the second, each as of `paired`; with None in
         place of figures for a half that has no terms. `trained_on`: "half" or "all".
     """
+    # A reward model may have learned the whole lexicon; a judge has not.
     names = {name for name, _ in parse(trained)}
     seen, unseen = (_gain(answered, half) for half in halves(constitution))
-    trained_on = "half" if HALF in names and LexiconCritic.name not in names else "all"
+    trained_on = "half" if names - {"judge"} == {HALF} else "all"
     return {"seen": seen, "unseen": unseen, "trained_on": trained_on}
 
 

@@ -48,6 +48,8 @@ def likelihood(
     if not answer.strip():
         return Likelihood(None, None, 0)
     ids, logits = base.read(messages, answer)
+    if not len(ids):  # what the tokenizer drops, such as a lone zero-width space
+        return Likelihood(None, None, 0)
     moved = None
     if policy is not None:
         moved = logits if policy is base else policy.read(messages, answer)[1]

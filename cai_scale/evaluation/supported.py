@@ -14,8 +14,9 @@ from cai_scale.critics.fold import fold
 from cai_scale.critics.lexicon import Found, LexiconCritic
 from cai_scale.evaluation.compare import Answered, Measure
 from cai_scale.evaluation.context import Context
+from cai_scale.evaluation.drift import repetition
 from cai_scale.evaluation.matched import cut
-from cai_scale.evaluation.paired import paired
+from cai_scale.evaluation.paired import paired, paired_scores
 from cai_scale.records import Prompt
 
 RUN = 4  # words
@@ -69,28 +70,34 @@ class SupportedScore:
 
 
 def supported(answered: Sequence[Answered], constitution: Constitution) -> dict[str, Any]:
-    """The supported score before and after: see `paired`.
+    """The supported score before and after: see `paired`. `whole` is Δ by the lexicon critic, over
+    the same prompts.
 
     Over the English prompts, and those whose answers' relevance is known both before and after: a
     gain is not called supported in a language in which nonsense would pass.
     """
     score = SupportedScore(constitution).score
-    return paired(
+    asked = [
+        a
+        for a in answered
+        if a.prompt.language == "en"
+        or None not in (a.before_measure.relevance, a.after_measure.relevance)
+    ]
+    found = paired(
         (
             score(a.before.text, _relevance(a.prompt, a.before_measure)),
             score(a.after.text, _relevance(a.prompt, a.after_measure)),
         )
-        for a in answered
-        if a.prompt.language == "en"
-        or None not in (a.before_measure.relevance, a.after_measure.relevance)
+        for a in asked
     )
+    texts = [a.before.text for a in asked], [a.after.text for a in asked]
+    plain = paired_scores(LexiconCritic(constitution), [a.prompt.text for a in asked], *texts)
+    return {**found, "whole": plain["delta"]}
 
 
 def repeated(text: str) -> float:
     """The share of a text's runs of four words that stood in it before, in [0, 1); 0 for fewer."""
-    words = fold(text).split()
-    runs = [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    return repetition(fold(text).split(), RUN) or 0.0
 
 
 @functools.cache

@@ -195,7 +195,11 @@ def wins(summary: Summary) -> list[str]:
 def unscored(summary: Summary) -> list[str]:
     """A line about the prompts that have no figures, if there are such."""
     n, scored = summary["n"], summary["scored"]
-    return [f"means over {scored} prompts: {n - scored} have an empty answer"] if scored < n else []
+    return (
+        [f"means over {scored} prompts: {n - scored} have an answer without a score"]
+        if scored < n
+        else []
+    )
 
 
 def verdict(summary: Summary) -> list[str]:

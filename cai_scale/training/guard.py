@@ -125,6 +125,8 @@ class Guard(TrainerCallback):
         rest by now."""
         main = self.task.ranks.main
         earlier = read_looks(self.task.into.metrics) if main else []
+        if earlier and not self._folder(best(earlier, self.task.config.guard_budget)).is_dir():
+            earlier = []  # what was kept is gone, and the checkpoints with it: as at the beginning
         self.looks = agree(self.task.ranks, earlier)
         if not self.looks:
             self._look(control)
