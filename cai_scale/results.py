@@ -173,6 +173,9 @@ def measured(
         if ranks.main:
             measures.join(parts, prompts, file)
     wait_for(file)
+    if ranks.main:  # of a start that was killed, with another number of ranks perhaps
+        for part in file.parent.glob(f".{file.stem}-*-of-*{file.suffix}"):
+            part.unlink()
     return measures.read(file, prompts)
 
 

@@ -55,7 +55,7 @@ def trace(run: Run, prompt_id: str, number: int = 1) -> dict[str, Any]:
     """All that a run did with a prompt, as far as it has come.
 
     Returns:
-        `prompt`; `samples`, each with its `revisions`, and `pair` (or why there is none) where
+        `prompt`; `samples`, each with its `revisions`, and `pairs` (or why there are none) where
         it is a training prompt; `before`, `after` and `verdict` where it is held out. Answers
         have their scores, and the terms that moved these with the effect of all occurrences.
 

@@ -207,4 +207,7 @@ def test_ranks_share_the_work_and_rank_0_joins(tmp_path: Path) -> None:
     def never() -> Any:
         raise AssertionError("it is measured already")
 
+    left = run.evaluation("measures").with_name(".measures-2-of-3.jsonl")
+    left.write_text("of a start with three ranks, killed")
     assert measured(asked, run, before, after, never, Ranks()) == alone
+    assert not left.exists()
