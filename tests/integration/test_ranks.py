@@ -201,3 +201,36 @@ def test_what_is_trained_is_fp32_where_the_model_computes_in_bf16(
     for tensor in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").values():
         assert tensor.dtype == torch.float32
         assert not torch.equal(tensor, tensor.bfloat16().float())
+
+
+JOIN = """
+import os, sys
+import torch, deepspeed
+from cai_scale import ranks
+here = ranks.from_environment()
+if "ours" in sys.argv:  # the launcher puts --local_rank before it
+    ranks.join(here, deepspeed=True)
+else:
+    torch.distributed.init_process_group("gloo", rank=here.rank, world_size=here.world)
+    deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
+ones = torch.ones(4096)
+deepspeed.comm.inference_all_reduce(ones)
+torch.distributed.barrier()
+assert ones.sum() == 8192, ones
+print("PORT", os.environ["MASTER_PORT"])
+ranks.leave()
+"""
+
+
+@pytest.mark.parametrize(("who", "left"), [("ours", 0), ("deepspeed", 2)])
+def test_deepspeed_s_buffers_do_not_outlive_the_ranks(who: str, left: int, tmp_path: Path) -> None:
+    """By itself DeepSpeed leaves those of both ranks; where it does no longer, ours can go."""
+    script = tmp_path / "join.py"
+    script.write_text(JOIN)
+    result = run_deepspeed(2, str(script), who)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    port = result.stdout.split("PORT ")[1].split()[0]
+    buffers = list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+    for buffer in buffers:
+        buffer.unlink()
+    assert len(buffers) == left
